@@ -1,0 +1,99 @@
+"""The public verbs: optimize, restore, explain."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import nn
+
+from .backend import Compiled, compile_graph
+from .config import Budget, EvictionConfig
+from .report import Report, merged
+from .runtime import OptimizedForward, Region
+
+
+def optimize(
+    model: nn.Module, budget: float | int | str | Budget = 0.2, **options: Any
+) -> nn.Module:
+    """Compile ``model`` in place so that every prefill leaves a cache cut to ``budget``.
+
+    ``model(...)`` and ``model.generate(...)`` then run the compiled forward. Another call with
+    another budget costs no second compile where only the budget changes.
+
+    Args:
+        model: a causal language model in eval mode, on any device.
+        budget: share, token count or expression in n, see :class:`ckv_compile.Budget`.
+        **options: the other fields of :class:`ckv_compile.EvictionConfig`.
+
+    Returns:
+        The same model.
+
+    Raises:
+        TypeError, ValueError: naming the argument and what it takes.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}; optimize takes an nn.Module")
+    config = EvictionConfig.from_options({"budget": budget, **options})
+    previous = _optimized(model)
+    region = previous.region if previous and _same_code(previous, config) else Region(model, config)
+    model._compiled_call_impl = OptimizedForward(model, config, region)
+    return model
+
+
+def restore(model: nn.Module) -> nn.Module:
+    """Undo ``optimize``: the model runs as it was written. Returns the model."""
+    if _optimized(model) is not None:
+        model._compiled_call_impl = None
+    return model
+
+
+def explain(
+    model: nn.Module, *args: Any, config: EvictionConfig | None = None, **inputs: Any
+) -> Report:
+    """What the pass would do to ``model(*args, **inputs)``; the model is not changed.
+
+    Traces the call, without gradients, and runs it once uncompiled: a cache that is passed in is
+    filled as by any call. Without inputs, the report of all that an optimised model has compiled.
+
+    Args:
+        config: options; by default those of an optimised model, or the defaults.
+        **inputs: what ``model`` is called with.
+
+    Raises:
+        ValueError: there are no inputs and the model is not optimised.
+    """
+    optimized = _optimized(model)
+    if not args and not inputs:
+        if optimized is None:
+            raise ValueError(
+                "explain needs the model's inputs, such as input_ids=...; "
+                "only an optimised model can be explained without"
+            )
+        return optimized.report
+    if config is None:
+        config = optimized.config if optimized else EvictionConfig()
+    config = dataclasses.replace(config, lowering="eager")
+    reports: list[Report] = []
+
+    def backend(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Compiled:
+        compiled, found = compile_graph(gm, example_inputs, config, training=model.training)
+        reports.append(found)
+        return compiled
+
+    traced = torch.compile(model._call_impl, backend=backend, isolate_recompiles=True)
+    with torch.no_grad():
+        traced(*args, **inputs)
+    return merged(reports, config)
+
+
+def _optimized(model: nn.Module) -> OptimizedForward | None:
+    current = model._compiled_call_impl
+    return current if isinstance(current, OptimizedForward) else None
+
+
+def _same_code(previous: OptimizedForward, config: EvictionConfig) -> bool:
+    """Whether ``config`` can run on what was compiled: the budget alone differs, and is an input."""
+    same_options = dataclasses.replace(config, budget=previous.config.budget) == previous.config
+    return same_options and not previous.region.bakes_budget

@@ -1,0 +1,159 @@
+"""The ``criticalkv`` backend of ``torch.compile``: rewrite the graph, then lower what is left."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+
+from .config import EvictionConfig
+from .passes import vocabulary as vocab
+from .passes.axes import chain_above
+from .passes.match import dotted, example_inputs_require_grad
+from .passes.pipeline import Rewritten, rewrite
+from .report import Report, Traced, report_of
+from .site import AttentionSite
+
+log = logging.getLogger("ckv_compile")
+
+Compiled = Callable[..., Any]
+
+
+def criticalkv(
+    gm: GraphModule, example_inputs: Sequence[Any], *, options: dict[str, Any] | None = None
+) -> Compiled:
+    """``torch.compile(model, backend="criticalkv", options={...})``.
+
+    Args:
+        options: the fields of :class:`ckv_compile.EvictionConfig`; none of them means a budget of
+            0.2.
+
+    Raises:
+        TypeError, ValueError: for an option that is unknown or out of range.
+    """
+    config = EvictionConfig.from_options(options)
+    compiled, report = compile_graph(gm, example_inputs, config)
+    if not options and report.evicted:
+        log.warning("no options were given: the budget is 0.2, a fifth of the prompt is kept")
+    return compiled
+
+
+def compile_graph(
+    gm: GraphModule,
+    example_inputs: Sequence[Any],
+    config: EvictionConfig,
+    *,
+    training: bool = False,
+) -> tuple[Compiled, Report]:
+    """Rewrite one Dynamo graph and lower it; the report is made anew on a cache hit as well."""
+    grad_enabled = example_inputs_require_grad(example_inputs)
+    rewritten = rewrite(gm, config, training=training, grad_enabled=grad_enabled)
+    report = _report_of(rewritten, config)
+    log.info("%s", report.summary())
+    for row in report.rejections:
+        log.info("left alone: %s: %s: %s", row.site, row.reason, row.detail)
+    log.debug("%s", gm.graph)
+    return _lowered(gm, example_inputs, config), report
+
+
+def lowering_for(config: EvictionConfig, example_inputs: Sequence[Any]) -> str:
+    """What "auto" means for these inputs."""
+    return "inductor" if config.lowering == "auto" else config.lowering
+
+
+def _lowered(gm: GraphModule, example_inputs: Sequence[Any], config: EvictionConfig) -> Compiled:
+    lowering = lowering_for(config, example_inputs)
+    if lowering == "eager":
+        return gm.forward
+    if lowering == "aot_eager":
+        from torch._dynamo.backends.debugging import aot_eager
+
+        return aot_eager(gm, example_inputs)
+    from torch._inductor.compile_fx import compile_fx
+
+    return compile_fx(gm, example_inputs, config_patches=_inductor_patches(gm))
+
+
+def _inductor_patches(gm: GraphModule) -> dict[str, Any]:
+    """Make Inductor's and AOTAutograd's caches know what our nodes compute.
+
+    An inserted module is part of the cached graph by its name alone: without this, a changed body
+    in a new process would be answered with the code of the old one.
+    """
+    from torch._inductor import config as inductor_config
+    from torch._inductor.custom_graph_pass import CustomGraphPass
+
+    class EvictionKey(CustomGraphPass):
+        """Changes nothing; its uuid is part of the cache key."""
+
+        def __init__(self, key: str) -> None:
+            self.key = key
+
+        def __call__(self, graph: torch.fx.Graph) -> None:
+            return None
+
+        def uuid(self) -> str:
+            return self.key
+
+    bodies = [f"{name}: {m!r}" for name, m in gm.named_children() if name.startswith("ckv_evict_")]
+    if not bodies:
+        return {}
+    mine = EvictionKey(hashlib.sha256("\n".join([source_digest(), *bodies]).encode()).hexdigest())
+    theirs = inductor_config.post_grad_custom_pre_pass
+    if theirs is None:
+        return {"post_grad_custom_pre_pass": mine}
+    others = theirs if isinstance(theirs, (list, tuple)) else [theirs]
+    return {"post_grad_custom_pre_pass": [*others, mine]}
+
+
+def source_digest() -> str:
+    """A hash of every source file of this package."""
+    digest = hashlib.sha256()
+    root = Path(__file__).parent
+    for path in sorted(root.rglob("*.py")):
+        digest.update(str(path.relative_to(root)).encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _report_of(rewritten: Rewritten, config: EvictionConfig) -> Report:
+    evictions = {one.site.index: one for one in rewritten.inserted}
+
+    def describe(site: AttentionSite) -> Traced:
+        eviction = evictions.get(site.index)
+        kept, budget_from = site.kv_len, ""
+        if eviction is not None:
+            kept = eviction.node.meta["example_value"][0].shape[2]
+            budget_from = "config" if eviction.module.from_config else "input"
+        return Traced(
+            batch_size=_size(site.batch_size),
+            kv_len=_size(site.kv_len),
+            kept=_size(kept),
+            itemsize=vocab.value_of(site.cache_key).itemsize,
+            weight=_source_of(site.projection.weight),
+            cache="cat, returned" if vocab.is_cat(site.cache_key) else "returned",
+            budget_from=budget_from,
+        )
+
+    return report_of(rewritten.sites, rewritten.rejections, config, describe)
+
+
+def _source_of(weight: torch.fx.Node) -> str:
+    """The parameter's path in the model."""
+    root = chain_above(weight)[-1]
+    source = getattr(root.meta.get("grapharg"), "source", None)
+    if source is None:
+        return root.name
+    return dotted(source.name if isinstance(source.name, str) else source.name())
+
+
+def _size(size: Any) -> int:
+    """A size of the traced call: the number itself, or what a symbol stood for."""
+    from torch.fx.experimental.symbolic_shapes import optimization_hint
+
+    return size if isinstance(size, int) else int(optimization_hint(size, fallback=0))

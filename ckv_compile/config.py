@@ -1,0 +1,237 @@
+"""What the user asks for: the options of the pass and the budget, validated once and frozen."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import math
+from fractions import Fraction
+from typing import Any
+
+import torch
+
+METHODS = ("criticalkv", "snapkv")
+NORMS = ("l1", "l2")
+LOWERINGS = ("auto", "inductor", "aot_eager", "eager")
+
+_BUDGET_TAKES = (
+    "a float in (0, 1] (share of the prompt), an int (tokens per KV head), "
+    'or an expression in n such as "max(128, n/10)"'
+)
+_EXPRESSION_CALLS = ("max", "min", "floor", "ceil")
+_EXPRESSION_NODES = (
+    ast.Expression, ast.BinOp, ast.UnaryOp, ast.Call, ast.Name, ast.Load, ast.Constant,
+    ast.Add, ast.Sub, ast.Mult, ast.Div, ast.USub, ast.UAdd,
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+    """Entries kept per KV head, as a function of the prompt length ``n``.
+
+    Args:
+        spec: float in (0, 1], the share of the prompt; int >= 1, tokens per KV head; or str, an
+            expression in ``n`` made of numbers, ``+ - * /``, ``max``, ``min``, ``floor`` and
+            ``ceil``. A str that is a plain number means that number. Everything kept counts,
+            the observation window included.
+
+    Raises:
+        TypeError: ``spec`` is none of these types.
+        ValueError: ``spec`` is out of range or not an expression in ``n``.
+    """
+
+    spec: float | int | str
+
+    def __post_init__(self) -> None:
+        spec = self.spec
+        if isinstance(spec, bool) or not isinstance(spec, (float, int, str)):
+            raise TypeError(f"budget={spec!r} is a {type(spec).__name__}; it takes {_BUDGET_TAKES}")
+        if isinstance(spec, str):
+            spec = _number(spec)
+            object.__setattr__(self, "spec", spec)
+        if isinstance(spec, float) and not 0 < spec <= 1:  # NaN fails this as well
+            raise ValueError(f"budget={spec!r} is not a share in (0, 1]; it takes {_BUDGET_TAKES}")
+        if isinstance(spec, int) and spec < 1:
+            raise ValueError(f"budget={spec!r} keeps nothing; it takes {_BUDGET_TAKES}")
+        if isinstance(spec, str):
+            _ratio_of(_parsed(spec), 1024)
+
+    @property
+    def keeps_everything(self) -> bool:
+        """Whether no prompt of any length loses an entry."""
+        return isinstance(self.spec, float) and self.spec == 1.0
+
+    def entries(self, n: int | torch.SymInt, window_size: int) -> Any:
+        """``min(n, max(window_size + 1, round_half_up(budget(n))))``, exact, for int or SymInt."""
+        if isinstance(self.spec, float):
+            share = Fraction(str(self.spec))  # 0.1 means one tenth, not its binary neighbour
+            num, den = share.numerator * n, share.denominator
+        elif isinstance(self.spec, int):
+            num, den = self.spec, 1
+        else:
+            num, den = _ratio_of(_parsed(self.spec), n)
+        rounded = (2 * num + den) // (2 * den)
+        return torch.sym_min(n, torch.sym_max(window_size + 1, rounded))
+
+
+@dataclasses.dataclass(frozen=True)
+class EvictionConfig:
+    """Options of the eviction pass; ``optimize`` and ``options={...}`` take the same names.
+
+    Args:
+        budget: see :class:`Budget`.
+        method: "criticalkv" (arXiv 2502.03805) or "snapkv" (attention alone, arXiv 2404.14469).
+        window_size: observation window, the last queries; used for scoring and always kept.
+        kernel_size: width of the max-pooling of attention scores; odd.
+        first_stage_ratio: CriticalKV's alpha, the share of the budget filled by attention alone.
+        epsilon: CriticalKV's eps, added to the attention before it is multiplied by the norm.
+        norm: "l1" or "l2" norm of the projected value.
+        lowering: "inductor" (generated C++ or Triton), "aot_eager" (ATen), "eager" (the FX graph as
+            it is) or "auto".
+
+    Raises:
+        TypeError, ValueError: naming the option and what it takes.
+    """
+
+    budget: Budget | float | int | str = 0.2
+    method: str = "criticalkv"
+    window_size: int = 32
+    kernel_size: int = 7
+    first_stage_ratio: float = 0.5
+    epsilon: float = 1e-4
+    norm: str = "l1"
+    lowering: str = "auto"
+
+    def __post_init__(self) -> None:
+        _check_choice("method", self.method, METHODS)
+        _check_choice("norm", self.norm, NORMS)
+        _check_choice("lowering", self.lowering, LOWERINGS)
+        _check_int("window_size", self.window_size, "an int >= 1", self.window_size, 1)
+        _check_int("kernel_size", self.kernel_size, "an odd int >= 1", self.kernel_size, 1)
+        if self.kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size={self.kernel_size} is even; it takes an odd int >= 1")
+        _check_float("first_stage_ratio", self.first_stage_ratio, 0.0, 1.0, "a float in [0, 1]")
+        _check_float("epsilon", self.epsilon, 0.0, math.inf, "a finite float >= 0")
+        if not isinstance(self.budget, Budget):
+            object.__setattr__(self, "budget", Budget(self.budget))
+        spec = self.budget.spec
+        if isinstance(spec, int) and spec <= self.window_size:
+            raise ValueError(
+                f"budget={spec} does not exceed window_size={self.window_size}, which is always "
+                f"kept; an int budget counts tokens and takes at least window_size + 1"
+            )
+
+    @classmethod
+    def from_options(cls, options: dict[str, Any] | None) -> EvictionConfig:
+        """Build from ``torch.compile(..., options=...)``; unknown names are a TypeError."""
+        options = dict(options or {})
+        names = [field.name for field in dataclasses.fields(cls)]
+        for name in options:
+            if name not in names:
+                raise TypeError(f"unknown option {name!r}; the options are {', '.join(names)}")
+        return cls(**options)
+
+    def entries(self, n: int | torch.SymInt) -> Any:
+        """Entries kept per KV head of a prompt of ``n`` tokens."""
+        assert isinstance(self.budget, Budget)
+        return self.budget.entries(n, self.window_size)
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    takes = f"it takes one of {', '.join(map(repr, choices))}"
+    if not isinstance(value, str):
+        raise TypeError(f"{name}={value!r} is a {type(value).__name__}; {takes}")
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} is unknown; {takes}")
+
+
+def _check_int(name: str, value: object, takes: str, number: int, low: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}={value!r} is a {type(value).__name__}; it takes {takes}")
+    if number < low:
+        raise ValueError(f"{name}={value!r} is too small; it takes {takes}")
+
+
+def _check_float(name: str, value: object, low: float, high: float, takes: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}={value!r} is a {type(value).__name__}; it takes {takes}")
+    if not (low <= value <= high and math.isfinite(value)):
+        raise ValueError(f"{name}={value!r} is out of range; it takes {takes}")
+
+
+def _number(text: str) -> float | int | str:
+    """``"0.1"`` and ``"128"`` as numbers; anything else unchanged."""
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def _parsed(text: str) -> Any:
+    """The sympy expression in ``n`` that ``text`` spells."""
+    import sympy
+
+    wrong = f"budget={text!r} is not understood; it takes {_BUDGET_TAKES}"
+    try:
+        tree = ast.parse(text.strip(), mode="eval")
+    except (SyntaxError, ValueError, MemoryError, RecursionError):
+        raise ValueError(wrong) from None
+    # sympy evaluates what it parses, so nothing but arithmetic may reach it.
+    for node in ast.walk(tree):
+        called = isinstance(node, ast.Call) and (
+            node.keywords
+            or not isinstance(node.func, ast.Name)
+            or node.func.id not in _EXPRESSION_CALLS
+        )
+        named = isinstance(node, ast.Name) and node.id not in ("n", *_EXPRESSION_CALLS)
+        valued = isinstance(node, ast.Constant) and type(node.value) not in (int, float)
+        if not isinstance(node, _EXPRESSION_NODES) or called or named or valued:
+            raise ValueError(wrong)
+    names = {
+        "n": sympy.Symbol("n", integer=True, positive=True),
+        "max": sympy.Max,
+        "min": sympy.Min,
+        "floor": sympy.floor,
+        "ceil": sympy.ceiling,
+    }
+    try:
+        # Decimals as rationals: 0.1 means one tenth.
+        return sympy.sympify(text, locals=names, rational=True)
+    except (TypeError, ValueError, ArithmeticError, sympy.SympifyError):
+        raise ValueError(wrong) from None
+
+
+def _ratio_of(expr: Any, n: Any) -> tuple[Any, int]:
+    """``expr`` at ``n`` as an exact (numerator, denominator), in int or SymInt arithmetic.
+
+    Fractions of integers keep a symbolic budget free of floating point: the graph then holds
+    floor divisions only, which round alike in Python, C++ and Triton.
+    """
+    import sympy
+
+    if expr.is_Rational:
+        return int(expr.p), int(expr.q)
+    if expr.is_Symbol:
+        return n, 1
+    if isinstance(expr, (sympy.floor, sympy.ceiling)):
+        num, den = _ratio_of(expr.args[0], n)
+        return (num // den if isinstance(expr, sympy.floor) else -(-num // den)), 1
+    if isinstance(expr, (sympy.Add, sympy.Mul, sympy.Max, sympy.Min)):
+        num, den = _ratio_of(expr.args[0], n)
+        for arg in expr.args[1:]:
+            other_num, other_den = _ratio_of(arg, n)
+            if isinstance(expr, sympy.Mul):
+                num, den = num * other_num, den * other_den
+                continue
+            left, right, den = num * other_den, other_num * den, den * other_den
+            if isinstance(expr, sympy.Add):
+                num = left + right
+            else:
+                num = (torch.sym_max if isinstance(expr, sympy.Max) else torch.sym_min)(left, right)
+        return num, den
+    if isinstance(expr, sympy.Pow) and expr.exp.is_Integer and expr.exp > 0:
+        num, den = _ratio_of(expr.base, n)
+        return num ** int(expr.exp), den ** int(expr.exp)
+    raise ValueError(f"budget: cannot take {expr} as a number of entries; it takes {_BUDGET_TAKES}")

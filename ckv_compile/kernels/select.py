@@ -1,0 +1,60 @@
+"""CriticalKV's two-stage selection: which positions stay."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def select(
+    base: Tensor,
+    norm: Tensor | None,
+    budget: Any,
+    window_size: int,
+    first_stage_ratio: float,
+    epsilon: float,
+) -> Tensor:
+    """Twin of :func:`ckv_compile.kernels.reference.select`, traceable, ``budget`` int or SymInt.
+
+    Args:
+        base: ``[B, Hkv, K]`` float32 attention scores; what they say of the window is not read.
+        norm: ``[B, Hkv, K]`` float32 projected norms, or None for attention alone.
+
+    Returns:
+        ``[B, Hkv, budget]`` int64, ascending: the window by construction, then stage 1 by
+        attention, then stage 2 by ``(attention + epsilon) * norm``. Of equal scores the later
+        position stays, on every device. NaN counts as the lowest score.
+    """
+    kv_len = base.shape[2]
+    positions = torch.arange(kv_len, device=base.device)
+    chosen = positions >= kv_len - window_size
+    scores = base
+    if norm is not None:
+        ratio = Fraction(str(first_stage_ratio))
+        first = ratio.numerator * budget // ratio.denominator
+        first = torch.sym_min(kv_len, torch.sym_max(first, window_size))
+        keys = _sort_keys(base, chosen, positions)
+        # A threshold, not a scatter of the first places: keys are distinct, so it is exact.
+        chosen = keys >= keys.topk(first, dim=-1).values.amin(-1, keepdim=True)
+        scores = (base + epsilon) * norm
+    best = _sort_keys(scores, chosen, positions).topk(budget, dim=-1).indices
+    # topk once more instead of sort, which Inductor lowers in two ways, below and above 32,767
+    # entries: a guard, hence a second graph.
+    return -(-best).topk(budget, dim=-1).values
+
+
+def _sort_keys(scores: Tensor, chosen: Tensor, positions: Tensor) -> Tensor:
+    """Distinct int64 keys: the chosen first, then by score, of equals the later position.
+
+    The high half is the float's bit pattern, which orders like the float once negative numbers are
+    flipped; the low half is the position. Any top-k of them is the same on every device.
+    """
+    low, high = torch.finfo(torch.float32).min, torch.finfo(torch.float32).max
+    finite = scores.nan_to_num(nan=low, posinf=high, neginf=low) + 0.0  # + 0.0 makes -0.0 a 0.0
+    bits = finite.view(torch.int32).to(torch.int64)
+    ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    ordered = torch.where(chosen, 0x7FFFFFFF, ordered)
+    return ordered * (1 << 32) + positions

@@ -1,0 +1,50 @@
+"""What a method is given and what it gives back."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from torch import Tensor
+
+from ..config import EvictionConfig
+from ..kernels.projected_norm import projected_norm
+from ..kernels.window_attention import window_attention
+
+
+@dataclasses.dataclass(frozen=True)
+class Scores:
+    """``base`` and ``norm`` are ``[B, Hkv, K]`` float32, higher = keep.
+
+    With a norm the selection has two stages, see :func:`ckv_compile.kernels.select.select`.
+    """
+
+    base: Tensor
+    norm: Tensor | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoreInputs:
+    """One attention site at eviction time. Lazy: what a method does not call is never traced."""
+
+    query: Tensor  # [B, H, Q, D]
+    key: Tensor  # [B, Hkv, K, D]
+    value: Tensor  # [B, Hkv, K, Dv]
+    o_proj_weight: Tensor  # [E, H*Dv], or [H*Dv, E] if in_out
+    in_out: bool
+    scale: Any
+    config: EvictionConfig
+
+    def window_attention(self) -> Tensor:
+        """Pooled mean attention of the observation window, ``[B, Hkv, K]``."""
+        config = self.config
+        return window_attention(
+            self.query, self.key, self.scale, config.window_size, config.kernel_size
+        )
+
+    def projected_norm(self) -> Tensor:
+        """``||v_i W_O||``, mean over the group, ``[B, Hkv, K]``."""
+        heads = self.query.shape[1]
+        return projected_norm(
+            self.value, self.o_proj_weight, self.in_out, heads, self.config.norm
+        )

@@ -1,0 +1,17 @@
+"""CriticalKV over SnapKV (arXiv 2502.03805, Algorithm 1)."""
+
+from __future__ import annotations
+
+from .base import ScoreInputs, Scores
+
+
+def criticalkv(inputs: ScoreInputs) -> Scores:
+    """Attention first, then attention times the norm of the projected value.
+
+    Keeping a set N of a head's entries moves its output by at most
+    ``theta = C - (2 - 1/sigma) * sum_{i in N} A_i ||v_i W_O||_1`` with ``sigma = sum_{i in N} A_i``
+    (Theorem 3). Stage 1 makes sigma > 0.5; with sigma frozen there, ``theta_hat >= theta`` is least
+    for the largest ``A_i ||v_i W_O||_1``, which stage 2 takes. ``theta`` itself is not guaranteed
+    to be lower than that of attention alone, whose sigma is larger.
+    """
+    return Scores(inputs.window_attention(), inputs.projected_norm())

@@ -1,0 +1,66 @@
+"""The body of the eviction node: score, select, compact."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import EvictionConfig
+from ..kernels.compact import compact
+from ..kernels.select import select
+from . import METHODS
+from .base import ScoreInputs
+
+
+class EvictKV(nn.Module):
+    """``ckv_evict_i`` in the graph: the K and V that a prefill leaves in the cache, cut to budget.
+
+    Args:
+        config: the options; the budget is read from it unless a call brings ``capacity``.
+        in_out: whether the weight is ``[H*Dv, E]`` (Conv1D, ``addmm``) or ``[E, H*Dv]`` (linear).
+    """
+
+    def __init__(self, config: EvictionConfig, in_out: bool, from_config: bool) -> None:
+        super().__init__()
+        self.config, self.in_out, self.from_config = config, in_out, from_config
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        o_proj_weight: Tensor,
+        scale: Any = None,
+        capacity: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """``[B, Hkv, K, D]`` to ``[B, Hkv, budget, D]``; ``capacity`` is empty, its size the budget."""
+        kv_len = key.shape[2]
+        if capacity is None:
+            budget = self.config.entries(kv_len)
+        else:
+            budget = torch.sym_min(capacity.shape[0], kv_len)
+        inputs = ScoreInputs(
+            query, key, value, o_proj_weight, self.in_out, scale, self.config
+        )
+        scores = METHODS[self.config.method](inputs)
+        keep = select(
+            scores.base,
+            scores.norm,
+            budget,
+            self.config.window_size,
+            self.config.first_stage_ratio,
+            self.config.epsilon,
+        )
+        return compact(key, value, keep)
+
+    def extra_repr(self) -> str:
+        """All that the body depends on; the compile cache is keyed by it."""
+        config = self.config
+        budget = config.budget if self.from_config else "an input of the graph"
+        return (
+            f"method={config.method}, budget={budget}, window_size={config.window_size}, "
+            f"kernel_size={config.kernel_size}, first_stage_ratio={config.first_stage_ratio}, "
+            f"epsilon={config.epsilon}, norm={config.norm}, in_out={self.in_out}"
+        )

@@ -1,0 +1,1 @@
+"""Graph passes on Dynamo's FX graph: match, insert, verify."""

@@ -1,0 +1,135 @@
+"""Insert one eviction node per site and re-point the cache outputs at it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import operator
+from collections.abc import Sequence
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx import GraphModule, Node
+
+from ..config import EvictionConfig
+from ..methods.evict import EvictKV
+from ..site import AttentionSite
+from . import vocabulary as vocab
+
+
+@torch.library.custom_op("ckv_compile::capacity", mutates_args=())
+def capacity_marker(capacity: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Make ``capacity`` (empty, its size the budget for ``tokens``) an input of the traced graph.
+
+    A budget that is an input costs no second compile when it changes. The pass takes the marker
+    out again, so it never runs in a graph that we compile; elsewhere it does nothing.
+    """
+    return capacity.new_empty(0)
+
+
+@capacity_marker.register_fake
+def _(capacity: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    return capacity.new_empty(0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Capacity:
+    """The budget as a graph input, and the token count it was computed for."""
+
+    node: Node
+    tokens: Node
+
+    def fits(self, site: AttentionSite) -> bool:
+        """Whether the site caches exactly the tokens that the budget counts."""
+        shape = vocab.shape_of(self.tokens)
+        return shape is not None and len(shape) > 1 and vocab.known(shape[1] == site.kv_len)
+
+
+@dataclasses.dataclass(frozen=True)
+class Inserted:
+    """An eviction node and the site it serves."""
+
+    site: AttentionSite
+    node: Node
+    module: EvictKV
+
+
+def take_capacity(gm: GraphModule) -> Capacity | None:
+    """Remove the capacity marker from the graph and say what it marked."""
+    found = None
+    for node in list(gm.graph.nodes):
+        if node.op == "call_function" and node.target in (
+            torch.ops.ckv_compile.capacity,
+            torch.ops.ckv_compile.capacity.default,
+        ):
+            found = Capacity(*node.args)
+            gm.graph.erase_node(node)
+    return found
+
+
+def insert_eviction(
+    gm: GraphModule,
+    sites: Sequence[AttentionSite],
+    config: EvictionConfig,
+    capacity: Capacity | None = None,
+) -> tuple[Inserted, ...]:
+    """Add ``ckv_evict_i(query, key, value, o_proj_weight, scale)`` behind each prefill site.
+
+    before: ``k, v -> sdpa -> ... -> linear``,      outputs ``(.., k, v)``
+    after:  ``k, v -> sdpa -> ... -> linear``, ``ckv_evict_i(q, k, v, W_O)``, outputs ``(.., k', v')``
+
+    Attention in this call still reads all of K and V; only what the cache keeps is cut. A graph
+    that has eviction nodes already is left as it is, so a second run inserts nothing.
+    """
+    prefills = [site for site in sites if site.phase == "prefill"]
+    done = any(isinstance(module, EvictKV) for module in gm.modules())
+    if done or config.budget.keeps_everything and capacity is None:  # type: ignore[union-attr]
+        prefills = []
+    inserted = tuple(_insert(gm, site, config, capacity) for site in prefills)
+    gm.graph.lint()
+    gm.recompile()
+    return inserted
+
+
+def _insert(
+    gm: GraphModule, site: AttentionSite, config: EvictionConfig, capacity: Capacity | None
+) -> Inserted:
+    given = capacity is not None and capacity.fits(site)
+    module = EvictKV(config, site.projection.in_out, from_config=not given)
+    name = f"ckv_evict_{site.index}"
+    gm.add_submodule(name, module)
+    args = (site.query, site.cache_key, site.cache_value, site.projection.weight, site.scale)
+    if given:
+        assert capacity is not None
+        args = (*args, capacity.node)  # type: ignore[assignment]
+    graph = gm.graph
+    with graph.inserting_after(site.projection.node):
+        node = graph.call_module(name, args)
+    with graph.inserting_after(node):
+        value = graph.call_function(operator.getitem, (node, 1))
+        key = graph.call_function(operator.getitem, (node, 0))
+    for copied in ("stack_trace", "nn_module_stack", "source_fn_stack"):
+        if copied in site.sdpa.meta:
+            for new in (node, key, value):
+                new.meta[copied] = site.sdpa.meta[copied]
+    _propagate(gm, node, module)
+    for i, new in enumerate((key, value)):
+        new.meta["example_value"] = node.meta["example_value"][i]
+    _repoint(gm, dict.fromkeys(site.key_outputs, key) | dict.fromkeys(site.value_outputs, value))
+    return Inserted(site, node, module)
+
+
+def _propagate(gm: GraphModule, node: Node, module: EvictKV) -> None:
+    """Give the node its example value, under the fake mode of its inputs."""
+    values = [vocab.value_of(arg) if isinstance(arg, Node) else arg for arg in node.args]
+    # Not detect_fake_mode: inside a backend that finds the mode of the example inputs, which is a
+    # younger one than that of the graph's example values (both share their symbols).
+    mode = next((value.fake_mode for value in values if isinstance(value, FakeTensor)), None)
+    with mode or contextlib.nullcontext():
+        node.meta["example_value"] = module(*values)
+
+
+def _repoint(gm: GraphModule, new: dict[int, Node]) -> None:
+    (output,) = (node for node in gm.graph.nodes if node.op == "output")
+    returned = tuple(new.get(i, value) for i, value in enumerate(output.args[0]))
+    output.args = (returned,)

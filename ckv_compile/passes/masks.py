@@ -1,0 +1,171 @@
+"""Read an attention mask from the ops that build it: causal, causal and padded, or not understood.
+
+The reader evaluates the mask's subgraph over position indices instead of numbers: ``arange`` is an
+index along an axis, a comparison of a key index with a query index is the causal predicate, a
+look-up of a 2-D tensor by batch and key index is padding. Whatever else it meets it does not guess.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from . import vocabulary as vocab
+from .axes import Layout, labelled, names_of, text_of, through
+
+
+@dataclasses.dataclass(frozen=True)
+class Index:
+    """An integer tensor that counts ``offset, offset + 1, ...`` along the axis labelled I."""
+
+    layout: Layout
+    offset: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Mask:
+    """True where attention may look. ``layout`` says along which dimensions it varies (B, Q, K).
+
+    ``padding`` is the 2-D tensor ``[B, K]`` whose false entries hide keys, if there is one.
+    """
+
+    layout: Layout
+    is_causal: bool = False
+    padding: Node | None = None
+
+
+def read_mask(node: Node, q_len: Any, kv_len: Any) -> Mask | str:
+    """The causal mask that ``node`` builds for ``[.., q_len, kv_len]``, or why it is not one."""
+    mask = _read(node, {})
+    if not isinstance(mask, Mask):
+        return f"mask {node.name} is built by ops that are not read"
+    names, shape = names_of(mask.layout), vocab.shape_of(node) or ()
+    if not mask.is_causal:
+        return f"mask {node.name} is not causal"
+    if len(shape) < 2 or names[-2:] != ("Q", "K") or any(n not in ("", "B") for n in names[:-2]):
+        return f"mask {node.name} has axes {text_of(mask.layout)}, not [.., Q, K]"
+    if not (vocab.known(shape[-2] == q_len) and vocab.known(shape[-1] == kv_len)):
+        return f"mask {node.name} is {tuple(shape)} for {q_len} queries and {kv_len} keys"
+    return mask
+
+
+def _read(node: object, seen: dict[Node, Index | Mask | None]) -> Index | Mask | None:
+    if not isinstance(node, Node):
+        return None
+    if node not in seen:
+        seen[node] = None  # a cycle cannot occur in a graph; this marks work in progress
+        seen[node] = _read_op(node, seen)
+    return seen[node]
+
+
+def _read_op(node: Node, seen: dict[Node, Index | Mask | None]) -> Index | Mask | None:
+    shape = vocab.shape_of(node)
+    if shape is None:
+        return None
+    if vocab.name_of(node) == "arange":
+        return _arange(node, shape)
+    if vocab.is_all_true(node):
+        return Mask(((),) * len(shape))
+    if vocab.name_of(node) == "tril":
+        return _tril(node, shape, seen)
+    if vocab.is_and(node):
+        return _both(_read(node.args[0], seen), _read(node.args[1], seen))
+    if vocab.is_less_equal(node):
+        return _causal(_read(node.args[0], seen), _read(node.args[1], seen))
+    if vocab.is_greater_equal(node):
+        return _causal(_read(node.args[1], seen), _read(node.args[0], seen))
+    if vocab.is_add(node):
+        return _shifted(node, seen)
+    if vocab.layout_op_of(node) is None and vocab.is_advanced_index(node):
+        return _padding(node, seen)
+    inner = _read(node.args[0], seen) if node.args else None
+    if inner is None:
+        return None
+    op = vocab.layout_op_of(node)
+    if op is None:
+        return inner if vocab.is_cast(node) and isinstance(inner, Mask) else None
+    # An expand spreads a mask over axes on which it does not depend: there it stays unlabelled.
+    layout = _spread(inner.layout, len(shape)) if op.kind == "expand" else inner.layout
+    if op.kind != "expand":
+        layout = through(op, layout, shape)  # type: ignore[assignment]
+    return None if layout is None else dataclasses.replace(inner, layout=layout)
+
+
+def _arange(node: Node, shape: tuple[Any, ...]) -> Index | None:
+    plain = len(node.args) == 1 and not {"start", "step"} & set(node.kwargs)
+    integral = not vocab.value_of(node).is_floating_point()
+    return Index(labelled("I", shape), 0) if plain and integral else None
+
+
+def _tril(node: Node, shape: tuple[Any, ...], seen: dict[Node, Index | Mask | None]) -> Mask | None:
+    inner = _read(node.args[0], seen)
+    plain = isinstance(inner, Mask) and names_of(inner.layout) == ("",) * len(shape)
+    if not plain or vocab.argument(node, 1, "diagonal", 0) != 0 or len(shape) < 2:
+        return None
+    return Mask(((),) * (len(shape) - 2) + labelled("QK", shape[-2:]), is_causal=True)
+
+
+def _shifted(node: Node, seen: dict[Node, Index | Mask | None]) -> Index | None:
+    index, step = _read(node.args[0], seen), node.args[1]
+    if isinstance(step, Node):
+        step = vocab.value_of(step)
+    if not isinstance(index, Index) or isinstance(step, bool):
+        return None
+    if not isinstance(step, (int, torch.SymInt)):
+        return None
+    return Index(index.layout, index.offset + step)
+
+
+def _causal(key: Index | Mask | None, query: Index | Mask | None) -> Mask | None:
+    """``key position <= query position``, whichever dimensions hold them."""
+    if not isinstance(key, Index) or not isinstance(query, Index):
+        return None
+    if not vocab.known(key.offset == query.offset):
+        return None
+    layout = _merged(_relabelled(key.layout, "K"), _relabelled(query.layout, "Q"))
+    return None if layout is None else Mask(layout, is_causal=True)
+
+
+def _padding(node: Node, seen: dict[Node, Index | Mask | None]) -> Mask | None:
+    """``padding[batch, key]`` with plain indices: entry (b, k) says whether key k of row b is real."""
+    base, index = node.args
+    if len(vocab.shape_of(base) or ()) != 2 or len(index) != 2:  # type: ignore[arg-type]
+        return None
+    batch, key = (_read(item, seen) for item in index)  # type: ignore[union-attr]
+    if not isinstance(batch, Index) or not isinstance(key, Index):
+        return None
+    if not (vocab.known(batch.offset == 0) and vocab.known(key.offset == 0)):
+        return None
+    layout = _merged(_relabelled(batch.layout, "B"), _relabelled(key.layout, "K"))
+    return None if layout is None else Mask(layout, padding=base)  # type: ignore[arg-type]
+
+
+def _both(first: Index | Mask | None, second: Index | Mask | None) -> Mask | None:
+    if not isinstance(first, Mask) or not isinstance(second, Mask):
+        return None
+    layout = _merged(first.layout, second.layout)
+    if layout is None or (first.padding and second.padding):
+        return None
+    return Mask(layout, first.is_causal or second.is_causal, first.padding or second.padding)
+
+
+def _relabelled(layout: Layout, name: str) -> Layout:
+    return tuple(tuple((name, size) for _, size in dim) for dim in layout)
+
+
+def _spread(layout: Layout, rank: int) -> Layout:
+    return ((),) * (rank - len(layout)) + layout
+
+
+def _merged(first: Layout, second: Layout) -> Layout | None:
+    """The layout of two tensors broadcast against each other."""
+    rank = max(len(first), len(second))
+    dims = []
+    for left, right in zip(_spread(first, rank), _spread(second, rank), strict=True):
+        if left and right and [n for n, _ in left] != [n for n, _ in right]:
+            return None
+        dims.append(left or right)
+    return tuple(dims)

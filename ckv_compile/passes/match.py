@@ -1,0 +1,274 @@
+"""Find every attention whose cache can be evicted. Pure: the graph is read, nothing is changed."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from ..site import AttentionSite, Phase, Projection, Reason, Rejection
+from . import vocabulary as vocab
+from .axes import Layout, chain_above, follow, labelled, names_of, text_of, through
+from .masks import read_mask
+
+
+class _Refused(Exception):
+    """Carries a rejection out of the reading of one site; never leaves this file."""
+
+    def __init__(self, node: Node, reason: Reason, detail: str) -> None:
+        self.rejection = Rejection(node, reason, detail)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Cached:
+    """One of K and V: the cache tensor, where the graph returns it, and its sizes."""
+
+    node: Node
+    outputs: tuple[int, ...]
+    shape: tuple[Any, ...]
+
+
+def match_sites(
+    gm: GraphModule, *, training: bool = False, grad_enabled: bool = False
+) -> tuple[tuple[AttentionSite, ...], tuple[Rejection, ...]]:
+    """Every ``scaled_dot_product_attention`` of ``gm``, as a site or as a rejection.
+
+    Args:
+        gm: a Dynamo graph with example values (static or symbolic shapes).
+        training: whether the model is in training mode, where the caller knows.
+        grad_enabled: whether autograd records.
+    """
+    sites: list[AttentionSite] = []
+    rejections: list[Rejection] = []
+    for sdpa in filter(vocab.is_sdpa, gm.graph.nodes):
+        name = module_path_of(sdpa)
+        try:
+            if training:
+                raise _Refused(sdpa, Reason.TRAINING, "the model is in training mode")
+            if grad_enabled:
+                raise _Refused(sdpa, Reason.GRADIENTS, "autograd records this call")
+            sites.append(_site_of(gm, sdpa, len(sites), name))
+        except _Refused as refused:
+            rejections.append(dataclasses.replace(refused.rejection, name=name))
+    return _without_shared_caches(sites, rejections)
+
+
+def _site_of(gm: GraphModule, sdpa: Node, index: int, name: str) -> AttentionSite:
+    query, key, value = (
+        vocab.argument(sdpa, i, operand) for i, operand in enumerate(("query", "key", "value"))
+    )
+    attn_mask = vocab.argument(sdpa, 3, "attn_mask")
+    dropout_p = vocab.argument(sdpa, 4, "dropout_p", 0.0)
+    is_causal = vocab.argument(sdpa, 5, "is_causal", False)
+    if dropout_p != 0:
+        raise _Refused(sdpa, Reason.DROPOUT, f"attention dropout is {dropout_p}")
+    batch, heads, q_len, head_dim = _operand_shape(sdpa, query, "query")
+    value_head_dim = _operand_shape(sdpa, value, "value")[3]
+    if not all(isinstance(size, int) for size in (heads, head_dim, value_head_dim)):
+        raise _Refused(sdpa, Reason.OPERANDS, "the head count or head_dim is symbolic")
+    _operand_shape(sdpa, key, "key")
+
+    projection = _projection_of(sdpa, batch, heads, q_len, value_head_dim)
+    cache_key = _cached(gm, key, Reason.KEY_AXES)
+    cache_value = _cached(gm, value, Reason.VALUE_AXES)
+    num_key_value_heads, kv_len = cache_key.shape[1], cache_key.shape[2]
+    if cache_value.shape[1] != num_key_value_heads or heads % num_key_value_heads:
+        detail = f"{heads} heads over {num_key_value_heads} K and {cache_value.shape[1]} V heads"
+        raise _Refused(sdpa, Reason.OPERANDS, detail)
+    phase = _phase_of(q_len, kv_len)
+    for cached in (cache_key, cache_value):
+        same = vocab.known(cached.shape[0] == batch) and vocab.known(cached.shape[2] == kv_len)
+        # K and V of a later call carry the lengths of two cache tensors: two symbols.
+        if phase == "prefill" and not same:
+            detail = f"{cached.node.name} is {cached.shape} for batch {batch} and {kv_len} keys"
+            raise _Refused(sdpa, Reason.OPERANDS, detail)
+    return AttentionSite(
+        index=index,
+        name=name,
+        sdpa=sdpa,
+        query=query,
+        key=key,
+        value=value,
+        attn_mask=attn_mask,
+        is_causal=bool(is_causal),
+        scale=vocab.argument(sdpa, 6, "scale"),
+        projection=projection,
+        cache_key=cache_key.node,
+        cache_value=cache_value.node,
+        key_outputs=cache_key.outputs,
+        value_outputs=cache_value.outputs,
+        num_attention_heads=heads,
+        num_key_value_heads=num_key_value_heads,
+        head_dim=head_dim,
+        value_head_dim=value_head_dim,
+        batch_size=batch,
+        q_len=q_len,
+        kv_len=kv_len,
+        phase=phase,
+        mask_kind=_mask_kind_of(sdpa, attn_mask, is_causal, q_len, kv_len, phase),
+    )
+
+
+def _operand_shape(sdpa: Node, operand: object, what: str) -> tuple[Any, ...]:
+    shape = vocab.shape_of(operand)
+    if shape is None or len(shape) != 4:
+        raise _Refused(sdpa, Reason.OPERANDS, f"{what} has shape {shape}")
+    return shape
+
+
+def _phase_of(q_len: Any, kv_len: Any) -> Phase:
+    """Decided at trace time, on the symbols: nothing is left to a run-time branch."""
+    if vocab.known(q_len == 1):
+        return "decode"
+    return "prefill" if vocab.known(q_len == kv_len) else "continuation"
+
+
+def _projection_of(sdpa: Node, batch: Any, heads: int, q_len: Any, head_dim: int) -> Projection:
+    """Push ``[B, H, Q, D]`` downwards to the first op that is not a layout op."""
+    layout: Layout | None = labelled("BHQD", (batch, heads, q_len, head_dim))
+    node = sdpa
+    while True:
+        users = [user for user in node.users if user.op != "output"]
+        if not users:
+            raise _Refused(sdpa, Reason.NO_PROJECTION, f"{node.name} is not projected")
+        if len(users) > 1:
+            names = ", ".join(user.name for user in users)
+            raise _Refused(sdpa, Reason.OUTPUT_FORKS, f"{node.name} is used by {names}")
+        (user,) = users
+        operands = vocab.projection_operands(user, node)
+        if operands is not None:
+            return _checked_projection(sdpa, user, operands, layout, heads, head_dim)
+        if vocab.is_training_dropout(user):
+            raise _Refused(sdpa, Reason.TRAINING, f"{user.name} is a dropout in training mode")
+        op = vocab.layout_op_of(user)
+        if op is None or user.args[0] is not node:
+            detail = f"{user.name} ({vocab.name_of(user)}) stands before the projection"
+            raise _Refused(sdpa, Reason.OUTPUT_OP, detail)
+        assert layout is not None
+        layout = through(op, layout, vocab.shape_of(user) or ())
+        if layout is None:
+            raise _Refused(sdpa, Reason.OUTPUT_AXES, f"{user.name} mixes the axes of the output")
+        node = user
+
+
+def _checked_projection(
+    sdpa: Node,
+    node: Node,
+    operands: tuple[Node, bool],
+    layout: Layout | None,
+    heads: int,
+    head_dim: int,
+) -> Projection:
+    assert layout is not None
+    weight, in_out = operands
+    # The projection contracts the last axis: exactly H slow and D fast, or W_O^h is not a slice.
+    contracted = names_of(labelled("HD", (heads, head_dim)))
+    if names_of(layout)[-1] != "".join(contracted):
+        detail = f"the projection reads {text_of(layout)}, not [.., H*D]"
+        raise _Refused(sdpa, Reason.OUTPUT_AXES, detail)
+    root = chain_above(weight)[-1]
+    if root.op not in ("placeholder", "get_attr"):
+        detail = f"the projection's weight comes from {root.name}, not from a parameter"
+        raise _Refused(sdpa, Reason.OUTPUT_OP, detail)
+    return Projection(node, weight, in_out)
+
+
+def _cached(gm: GraphModule, operand: Node, axes: Reason) -> _Cached:
+    """The tensor above ``operand`` that the graph returns, before any repetition over groups."""
+    (output,) = (node for node in gm.graph.nodes if node.op == "output")
+    returned = output.args[0]
+    chain = chain_above(operand)
+    for depth, node in enumerate(chain):
+        outputs = tuple(i for i, value in enumerate(returned) if value is node)
+        if outputs:
+            return _checked_cache(operand, node, outputs, chain[:depth][::-1], axes)
+    for node in chain:
+        for user in node.users:
+            if vocab.is_slice_of(user, node) and user in returned:
+                detail = f"the cache keeps {user.name}, a slice of {node.name}"
+                raise _Refused(operand, Reason.SLIDING_WINDOW, detail)
+    detail = f"the graph returns neither {operand.name} nor what it is made of"
+    raise _Refused(operand, Reason.CACHE_NOT_FOUND, detail)
+
+
+def _checked_cache(
+    operand: Node, node: Node, outputs: tuple[int, ...], path: list[Node], axes: Reason
+) -> _Cached:
+    shape = vocab.shape_of(node)
+    if shape is None or len(shape) != 4 or not isinstance(shape[1], int):
+        raise _Refused(operand, axes, f"the cache tensor {node.name} has shape {shape}")
+    layout = follow(labelled("BhKD", shape), path)
+    names = None if layout is None else names_of(layout)
+    batch, heads, kv_len, head_dim = names_of(labelled("BhKD", shape))
+    if names not in ((batch, heads, kv_len, head_dim), (batch, heads + "G", kv_len, head_dim)):
+        detail = f"attention reads {text_of(layout)} of {node.name}, not [B, h*G, K, D]"
+        raise _Refused(operand, axes, detail)
+    return _Cached(node, outputs, shape)
+
+
+def _mask_kind_of(
+    sdpa: Node, attn_mask: object, is_causal: object, q_len: Any, kv_len: Any, phase: Phase
+) -> str:
+    """The mask in a word. Only a prefill is evicted, so only there must it be understood."""
+    if phase != "prefill":
+        return "none" if attn_mask is None else "tensor"
+    if attn_mask is None:
+        if is_causal is not True:
+            raise _Refused(sdpa, Reason.NOT_CAUSAL, "every query sees every key")
+        return "is_causal"
+    if is_causal is True or not isinstance(attn_mask, Node):
+        raise _Refused(sdpa, Reason.MASK_UNREADABLE, f"mask {attn_mask} with is_causal={is_causal}")
+    mask = read_mask(attn_mask, q_len, kv_len)
+    if isinstance(mask, str):
+        raise _Refused(attn_mask, Reason.MASK_UNREADABLE, mask)
+    if mask.padding is not None:
+        detail = f"mask {attn_mask.name} hides the padding of {mask.padding.name}"
+        raise _Refused(attn_mask, Reason.PADDING_MASK, detail)
+    return "causal tensor"
+
+
+def _without_shared_caches(
+    sites: list[AttentionSite], rejections: list[Rejection]
+) -> tuple[tuple[AttentionSite, ...], tuple[Rejection, ...]]:
+    owners: dict[Node, list[AttentionSite]] = {}
+    for site in sites:
+        for node in (site.cache_key, site.cache_value):
+            owners.setdefault(node, []).append(site)
+    alone = []
+    for site in sites:
+        others = {o.name for n in (site.cache_key, site.cache_value) for o in owners[n]}
+        if len(owners[site.cache_key]) == len(owners[site.cache_value]) == 1:
+            alone.append(dataclasses.replace(site, index=len(alone)))
+        else:
+            detail = f"{site.cache_key.name} serves {', '.join(sorted(others))}"
+            rejection = Rejection(site.sdpa, Reason.SHARED_CACHE, detail, site.name)
+            rejections = [*rejections, rejection]
+    return tuple(alone), tuple(rejections)
+
+
+def module_path_of(node: Node) -> str:
+    """``model.layers.3.self_attn`` from the node's module stack; the node's name without one."""
+    stack = node.meta.get("nn_module_stack") or {}
+    path = next(reversed(stack.values()))[0] if stack else ""
+    return dotted(path) or node.name
+
+
+def dotted(source: str) -> str:
+    """``L['self'].model.layers[0].self_attn`` as ``model.layers.0.self_attn``."""
+    path = re.sub(r"\[['\"]?([^\]'\"]+)['\"]?\]", r".\1", source)
+    path = re.sub(r"\._(modules|parameters|buffers)\b", "", path)
+    parts = path.replace("(", "").replace(")", "").split(".")
+    roots = {"L", "G", "self", "__self__", "fn", "forward", "call", "_call_impl", ""}
+    while parts and parts[0] in roots:
+        parts.pop(0)
+    return ".".join(parts)
+
+
+def example_inputs_require_grad(example_inputs: Any) -> bool:
+    """Whether autograd would record a graph of these inputs."""
+    return torch.is_grad_enabled() and any(
+        isinstance(value, torch.Tensor) and value.requires_grad for value in example_inputs
+    )

@@ -1,0 +1,40 @@
+"""The whole rewrite of one graph, in one screen."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from torch.fx import GraphModule
+
+from ..config import EvictionConfig
+from ..site import AttentionSite, Rejection
+from .insert import Inserted, insert_eviction, take_capacity
+from .match import match_sites
+from .verify import outputs_of, verify
+
+
+@dataclasses.dataclass(frozen=True)
+class Rewritten:
+    """What the passes found in one graph and did to it."""
+
+    sites: tuple[AttentionSite, ...]
+    rejections: tuple[Rejection, ...]
+    inserted: tuple[Inserted, ...]
+
+
+def rewrite(
+    gm: GraphModule,
+    config: EvictionConfig,
+    *,
+    training: bool = False,
+    grad_enabled: bool = False,
+) -> Rewritten:
+    """Cut the caches that ``gm`` returns to the budget, in place."""
+    # The budget may come as an input of the graph; its marker must go before anything else reads.
+    capacity = take_capacity(gm)
+    sites, rejections = match_sites(gm, training=training, grad_enabled=grad_enabled)
+    before = outputs_of(gm)
+    inserted = insert_eviction(gm, sites, config, capacity)
+    # Always last: a wrong graph must not run.
+    verify(gm, before, inserted)
+    return Rewritten(sites, rejections, inserted)

@@ -1,0 +1,59 @@
+"""The last pass: refuse to hand on a graph that is not what the earlier ones promised."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+
+from torch.fx import GraphModule, Node
+
+from . import vocabulary as vocab
+from .insert import Inserted
+
+
+class VerificationError(RuntimeError):
+    """A pass of ours broke its promise; the graph must not run."""
+
+
+def outputs_of(gm: GraphModule) -> tuple[object, ...]:
+    """What the graph returns, in order."""
+    (output,) = (node for node in gm.graph.nodes if node.op == "output")
+    return tuple(output.args[0])
+
+
+def verify(gm: GraphModule, before: Sequence[object], inserted: Sequence[Inserted]) -> None:
+    """Check that only cache outputs changed, each to its own eviction node's K or V.
+
+    Args:
+        before: the graph's outputs before insertion.
+
+    Raises:
+        VerificationError: naming the output or the site.
+    """
+    gm.graph.lint()
+    after = outputs_of(gm)
+    expected: dict[int, tuple[Inserted, int]] = {}
+    for eviction in inserted:
+        expected |= dict.fromkeys(eviction.site.key_outputs, (eviction, 0))
+        expected |= dict.fromkeys(eviction.site.value_outputs, (eviction, 1))
+    if len(after) != len(before):
+        raise VerificationError(f"the graph returned {len(before)} values, now {len(after)}")
+    for i, (old, new) in enumerate(zip(before, after, strict=True)):
+        if i not in expected:
+            if new is not old:
+                raise VerificationError(f"output {i} was {old} and is now {new}")
+            continue
+        eviction, part = expected[i]
+        _verify_output(eviction, part, old, new)
+
+
+def _verify_output(eviction: Inserted, part: int, old: object, new: object) -> None:
+    name = eviction.site.name
+    if not isinstance(new, Node) or new.target is not operator.getitem:
+        raise VerificationError(f"{name}: cache output is {new}, not an eviction")
+    if new.args != (eviction.node, part):
+        raise VerificationError(f"{name}: cache output is {new.args}, not {eviction.node}[{part}]")
+    before, after = vocab.value_of(old), vocab.value_of(new)
+    same_rows = all(vocab.known(before.shape[i] == after.shape[i]) for i in (0, 1, 3))
+    if not same_rows or before.dtype != after.dtype:
+        raise VerificationError(f"{name}: cache of {before.shape} became {after.shape}")

@@ -1,0 +1,202 @@
+"""The only room that spells operator names: what a node of a Dynamo graph means to the matcher.
+
+A new spelling of an op is one entry here and one row in ``tests/test_vocabulary.py``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+LayoutKind = Literal["keep", "permute", "regroup", "expand", "interleave"]
+
+# Names under which Dynamo writes ops, as a method or as a function of torch or torch.Tensor.
+_KEEP = {"contiguous", "clone", "to", "type_as", "float", "double", "half", "bfloat16", "detach"}
+_REGROUP = {"view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze", "view_as"}
+_CASTS = {"to", "bool", "type", "contiguous", "clone"}
+_AND = {"and_", "__and__", "iand", "__iand__", "bitwise_and", "logical_and"}
+_LESS_EQUAL = {"le", "__le__", "less_equal"}
+_GREATER_EQUAL = {"ge", "__ge__", "greater_equal"}
+_FULL_SLICES = (slice(None), slice(0, None, None), slice(None, None, 1), slice(0, None, 1))
+
+
+@dataclasses.dataclass(frozen=True)
+class LayoutOp:
+    """An op that moves axes and changes no value. ``perm``: new order; ``dim``: what it repeats."""
+
+    kind: LayoutKind
+    perm: tuple[int, ...] = ()
+    dim: int = 0
+
+
+def value_of(node: object) -> Any:
+    """The example value (a fake tensor) of a node, or None."""
+    if not isinstance(node, Node):
+        return None
+    value = node.meta.get("example_value")
+    return node.meta.get("val") if value is None else value
+
+
+def shape_of(node: object) -> tuple[Any, ...] | None:
+    value = value_of(node)
+    return tuple(value.shape) if isinstance(value, torch.Tensor) else None
+
+
+def known(condition: Any) -> bool:
+    """Whether a comparison of symbolic sizes is provable; never adds a guard."""
+    return bool(statically_known_true(condition))
+
+
+def name_of(node: Node) -> str:
+    """The op's plain name, whichever way it is called; '' for inputs and outputs."""
+    if node.op == "call_method":
+        return str(node.target)
+    if node.op == "call_function":
+        return str(getattr(node.target, "__name__", node.target))
+    if node.op == "call_module":
+        return "call_module"
+    return ""
+
+
+def argument(node: Node, position: int, name: str, default: Any = None) -> Any:
+    """A call's argument by position or by keyword."""
+    if len(node.args) > position:
+        return node.args[position]
+    return node.kwargs.get(name, default)
+
+
+def is_sdpa(node: Node) -> bool:
+    return node.op == "call_function" and node.target in (
+        F.scaled_dot_product_attention,
+        torch._C._nn.scaled_dot_product_attention,
+    )
+
+
+def is_dropout(node: Node) -> bool:
+    return name_of(node) in ("dropout", "dropout_") and node.op in ("call_function", "call_method")
+
+
+def is_training_dropout(node: Node) -> bool:
+    # F.dropout's own default is training=True.
+    return is_dropout(node) and argument(node, 2, "training", True) is not False
+
+
+def is_cat(node: Node) -> bool:
+    return node.op == "call_function" and name_of(node) in ("cat", "concat", "concatenate")
+
+
+def is_slice_of(node: Node, source: Node) -> bool:
+    """Whether ``node`` keeps a part of ``source`` along some axis (a sliding window, say)."""
+    if not node.args or node.args[0] is not source:
+        return False
+    if name_of(node) in ("narrow", "select", "index_select", "slice"):
+        return True
+    return name_of(node) == "getitem" and layout_op_of(node) is None
+
+
+def layout_op_of(node: Node) -> LayoutOp | None:
+    """What ``node`` does to the axes of its first argument; None if it is not a layout op."""
+    if node.op not in ("call_function", "call_method") or not node.args:
+        return None
+    name, before = name_of(node), shape_of(node.args[0])
+    after = value_of(node)
+    if before is None or not isinstance(after, torch.Tensor):
+        return None
+    if name in ("transpose", "swapaxes", "swapdims"):
+        perm = list(range(len(before)))
+        first, second = argument(node, 1, "dim0"), argument(node, 2, "dim1")
+        if not isinstance(first, int) or not isinstance(second, int):
+            return None
+        perm[first], perm[second] = perm[second], perm[first]
+        return LayoutOp("permute", perm=tuple(perm))
+    if name == "permute":
+        dims = node.kwargs.get("dims", node.args[1:])
+        if len(dims) == 1 and isinstance(dims[0], (tuple, list)):
+            dims = dims[0]
+        if not all(isinstance(dim, int) for dim in dims):
+            return None
+        return LayoutOp("permute", perm=tuple(dim % len(before) for dim in dims))
+    if name in ("t", "adjoint") or (name == "getattr" and node.args[1] in ("T", "mT", "H")):
+        # Any other rank would need more care than a matrix does.
+        return LayoutOp("permute", perm=(1, 0)) if len(before) == 2 else None
+    if name == "getitem":
+        index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+        whole = all(i is None or i is Ellipsis or _is_full_slice(i) for i in index)
+        return LayoutOp("regroup") if whole else None
+    if is_dropout(node):
+        return None if is_training_dropout(node) else LayoutOp("keep")
+    if name in _KEEP:
+        return LayoutOp("keep")
+    if name in _REGROUP:
+        reinterprets = any(isinstance(arg, torch.dtype) for arg in node.args)
+        return None if reinterprets else LayoutOp("regroup")
+    if name in ("expand", "expand_as"):
+        return LayoutOp("expand")
+    if name == "repeat_interleave":
+        repeats, dim = argument(node, 1, "repeats"), argument(node, 2, "dim")
+        if not isinstance(repeats, int) or not isinstance(dim, int):
+            return None
+        return LayoutOp("interleave", dim=dim % len(before))
+    return None
+
+
+def _is_full_slice(index: object) -> bool:
+    return isinstance(index, slice) and index in _FULL_SLICES
+
+
+def projection_operands(node: Node, source: Node) -> tuple[Node, bool] | None:
+    """``(weight, in_out)`` if ``node`` multiplies ``source`` by a matrix from the right."""
+    name = name_of(node)
+    if node.op != "call_function" and not (node.op == "call_method" and name in ("matmul", "mm")):
+        return None
+    if name == "linear":
+        operand, weight, in_out = argument(node, 0, "input"), argument(node, 1, "weight"), False
+    elif name == "addmm":
+        operand, weight, in_out = argument(node, 1, "mat1"), argument(node, 2, "mat2"), True
+    elif name in ("matmul", "mm", "__matmul__"):
+        operand, weight, in_out = node.args[0], argument(node, 1, "other"), True
+    else:
+        return None
+    rank = len(shape_of(weight) or ())
+    if operand is not source or not isinstance(weight, Node) or rank != 2:
+        return None
+    scaled = name == "addmm" and (node.kwargs.get("alpha", 1) != 1)
+    return None if scaled else (weight, in_out)
+
+
+def is_and(node: Node) -> bool:
+    return name_of(node) in _AND
+
+
+def is_cast(node: Node) -> bool:
+    return name_of(node) in _CASTS
+
+
+def is_less_equal(node: Node) -> bool:
+    return name_of(node) in _LESS_EQUAL
+
+
+def is_greater_equal(node: Node) -> bool:
+    return name_of(node) in _GREATER_EQUAL
+
+
+def is_add(node: Node) -> bool:
+    return name_of(node) in ("add", "__add__", "iadd")
+
+
+def is_all_true(node: Node) -> bool:
+    """``ones`` of bool, however it is written."""
+    value = value_of(node)
+    if not isinstance(value, torch.Tensor) or value.dtype != torch.bool:
+        return False
+    return name_of(node) in ("new_ones", "ones", "ones_like")
+
+
+def is_advanced_index(node: Node) -> bool:
+    return node.target is operator.getitem and isinstance(node.args[1], tuple)

@@ -1,0 +1,192 @@
+"""The callable that ``optimize`` puts in front of a model: prepare the inputs, run the region."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .backend import Compiled, compile_graph
+from .config import EvictionConfig
+from .passes import insert  # noqa: F401  registers the capacity marker
+from .report import NOTHING_MATCHED, Report, merged
+
+log = logging.getLogger("ckv_compile")
+
+# The tensors whose axis 1 counts tokens; the first one present says how long the prompt is.
+_TOKENS = ("decoder_input_ids", "decoder_inputs_embeds", "input_ids", "inputs_embeds")
+_MASKS = ("attention_mask", "decoder_attention_mask")
+_LENGTH_AXIS_1 = (*_TOKENS, *_MASKS, "position_ids", "token_type_ids")
+
+
+class Region:
+    """One model under ``torch.compile``, and the reports of the graphs it was compiled to."""
+
+    def __init__(self, model: nn.Module, config: EvictionConfig) -> None:
+        self.config = config
+        self.reports: list[Report] = []
+
+        def backend(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Compiled:
+            compiled, report = compile_graph(gm, example_inputs, config)
+            self.reports.append(report)
+            return compiled
+
+        # Compiles of two models, or of two configurations of one, must not share a recompile limit.
+        self.call = torch.compile(_region(model), backend=backend, isolate_recompiles=True)
+
+
+    @property
+    def bakes_budget(self) -> bool:
+        """Whether some compiled graph holds the budget as a constant, not as an input."""
+        return any(row.budget_from == "config" for report in self.reports for row in report.sites)
+
+
+def _region(self: nn.Module) -> Callable[..., Any]:
+    # The closure holds the model as "self", so that the paths in a report start inside it.
+    def forward(capacity: Tensor | None, tokens: Any, args: Any, kwargs: Any) -> Any:
+        if capacity is not None:
+            torch.ops.ckv_compile.capacity(capacity, tokens)
+        return self._call_impl(*args, **kwargs)
+
+    return forward
+
+
+class OptimizedForward:
+    """What ``model(...)`` calls after ``optimize``.
+
+    ``nn.Module.compile`` puts its callable in the same place, so ``generate`` finds it, and copies
+    and pickles of the model leave it behind.
+    """
+
+    def __init__(self, model: nn.Module, config: EvictionConfig, region: Region) -> None:
+        self.model, self.config, self.region = model, config, region
+        self.warned: set[str] = set()
+
+    @property
+    def report(self) -> Report:
+        """All graphs compiled so far."""
+        return merged(self.region.reports, self.config)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():  # inside somebody else's region
+            return self.model._call_impl(*args, **kwargs)
+        if self.model.training or torch.is_grad_enabled():
+            self._warn_once(
+                "gradients",
+                "the model was called in training mode or with gradients on: this call runs "
+                "uncompiled and evicts nothing; use model.eval() and torch.no_grad()",
+            )
+            return self.model._call_impl(*args, **kwargs)
+        kwargs = {name: _without_mask_of_ones(name, value) for name, value in kwargs.items()}
+        tokens = _tokens_of(args, kwargs)
+        _mark_dynamic(args, kwargs)
+        compiled_before = len(self.region.reports)
+        try:
+            with _compile_settings():
+                result = self.region.call(self._capacity(tokens), tokens, args, kwargs)
+        except torch._dynamo.exc.FailOnRecompileLimitHit:
+            self._warn_once(
+                "limit",
+                "torch._dynamo.config.recompile_limit is reached: calls of this shape run "
+                "uncompiled and evict nothing. TORCH_LOGS=recompiles tells what changes",
+            )
+            return self.model._call_impl(*args, **kwargs)
+        self._check(self.region.reports[compiled_before:])
+        return result
+
+    def _capacity(self, tokens: Tensor | None) -> Tensor | None:
+        """The budget for this prompt as the size of an empty tensor; None where none is needed."""
+        if tokens is None or tokens.shape[1] == 1:
+            return None
+        # Strided to one element: the size is what counts, not the memory.
+        entries = self.config.entries(tokens.shape[1])
+        capacity = torch.empty((), dtype=torch.uint8, device=tokens.device).expand(entries)
+        torch._dynamo.maybe_mark_dynamic(capacity, 0)
+        return capacity
+
+    def _check(self, new: list[Report]) -> None:
+        """Say loudly, once, that a compiled prefill found nothing to evict."""
+        refused = [row for report in new for row in report.rejections]
+        if new and not self.report.sites:
+            why = "; ".join(sorted({f"{row.reason}: {row.detail}" for row in refused}))
+            self._warn_once("nothing", f"{NOTHING_MATCHED}" + (f" ({why})" if why else ""))
+        elif any(row.reason == "PADDING_MASK" for row in refused):
+            self._warn_once(
+                "padding",
+                "a padded batch is not evicted: its calls keep the whole cache",
+            )
+
+    def _warn_once(self, about: str, message: str) -> None:
+        if about not in self.warned:
+            self.warned.add(about)
+            warnings.warn(f"ckv_compile: {message}", UserWarning, stacklevel=4)
+
+
+@contextlib.contextmanager
+def _compile_settings() -> Iterator[None]:
+    """Settings that must hold while Dynamo traces, and for our calls alone."""
+    from torch.fx.experimental import _config as shape_config
+
+    with (
+        # Sizes that are equal by accident (prompt length == head_dim) would cost a recompile.
+        shape_config.patch(use_duck_shape=False),
+        # Past the limit Dynamo runs eager without a word, that is, it stops evicting.
+        torch._dynamo.config.patch(fail_on_recompile_limit_hit=True),
+    ):
+        yield
+
+
+def _tokens_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    named = [kwargs[name] for name in _TOKENS if isinstance(kwargs.get(name), Tensor)]
+    for value in (*named, *args[:1]):
+        if isinstance(value, Tensor) and value.dim() >= 2:
+            return value
+    return None
+
+
+def _without_mask_of_ones(name: str, value: Any) -> Any:
+    """A 2-D mask that hides nothing costs a ``[Q, K]`` tensor and says nothing: drop it."""
+    if name not in _MASKS or not isinstance(value, Tensor) or value.dim() != 2:
+        return value
+    return None if bool((value == 1).all()) else value
+
+
+def _mark_dynamic(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Tell Dynamo which sizes vary, so that the first prompt does not fix them."""
+    for name, value in (*((_TOKENS[2], arg) for arg in args), *kwargs.items()):
+        if isinstance(value, Tensor):
+            if name in _LENGTH_AXIS_1 and value.dim() >= 2:
+                _mark(value, 1)
+                if value.dim() == 4:  # a ready-made mask [B, 1, Q, K]
+                    _mark(value, 2)
+                    _mark(value, 3)
+        else:
+            for tensor in _cache_tensors(value):
+                _mark(tensor, 2)
+
+
+def _mark(tensor: Tensor, dim: int) -> None:
+    if tensor.shape[dim] > 1:
+        torch._dynamo.maybe_mark_dynamic(tensor, dim)
+
+
+def _cache_tensors(value: Any) -> Iterator[Tensor]:
+    """The ``[B, Hkv, K, D]`` tensors in a cache object or in nested tuples."""
+    if isinstance(value, Tensor):
+        if value.dim() == 4:
+            yield value
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _cache_tensors(item)
+    elif isinstance(getattr(value, "layers", None), list):
+        for layer in value.layers:
+            yield from _cache_tensors((getattr(layer, "keys", None), getattr(layer, "values", None)))
+    else:
+        for part in ("self_attention_cache", "cross_attention_cache"):
+            if hasattr(value, part):
+                yield from _cache_tensors(getattr(value, part))
