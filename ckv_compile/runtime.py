@@ -117,8 +117,7 @@ class OptimizedForward:
             self._warn_once("nothing", f"{NOTHING_MATCHED}" + (f" ({why})" if why else ""))
         elif any(row.reason == "PADDING_MASK" for row in refused):
             self._warn_once(
-                "padding",
-                "a padded batch is not evicted: its calls keep the whole cache",
+                "padding", "a padded batch (PADDING_MASK) is not evicted: it keeps its whole cache"
             )
 
     def _warn_once(self, about: str, message: str) -> None:

@@ -12,7 +12,7 @@ Phase = Literal["prefill", "decode", "continuation"]
 
 
 class Reason(enum.Enum):
-    """Why a ``scaled_dot_product_attention`` was left alone; the value is the cure."""
+    """Why an attention was left alone; the value is the cure."""
 
     TRAINING = "call model.eval() first: eviction is for inference"
     GRADIENTS = "run under torch.no_grad() or torch.inference_mode()"
@@ -34,6 +34,7 @@ class Reason(enum.Enum):
     PADDING_MASK = (
         "unpadded batches: pass no attention_mask (optimize drops a mask of ones by itself)"
     )
+    ATTENTION_UNREADABLE = 'load the model with attn_implementation="sdpa" where it has that'
     MASK_UNREADABLE = "use is_causal=True, or a mask that compares key and query positions"
 
 
@@ -64,6 +65,8 @@ class Projection:
 class AttentionSite:
     """One causal self-attention, its output projection and the cache tensors it leaves behind.
 
+    ``sdpa`` is the node that holds the attention output ``[B, H, Q, Dv]``.
+
     ``cache_key`` and ``cache_value`` are the nodes *before* ``repeat_kv``: ``[B, Hkv, K, D]``, what
     the cache holds. ``key_outputs`` and ``value_outputs`` are their positions in the graph's
     output. ``q_len`` and ``kv_len`` may be symbolic.
@@ -78,6 +81,7 @@ class AttentionSite:
     attn_mask: Node | None
     is_causal: bool
     scale: Node | float | None
+    softcap: Node | float | None
     projection: Projection
     cache_key: Node
     cache_value: Node

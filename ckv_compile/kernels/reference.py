@@ -13,7 +13,12 @@ from torch import Tensor
 
 
 def window_attention(
-    query: Tensor, key: Tensor, scale: float | None, window_size: int, kernel_size: int
+    query: Tensor,
+    key: Tensor,
+    scale: float | None,
+    window_size: int,
+    kernel_size: int,
+    softcap: float | None = None,
 ) -> Tensor:
     """SnapKV scores ``[B, Hkv, K]`` of the keys before the window; 0 in the window.
 
@@ -31,6 +36,8 @@ def window_attention(
     for b in range(batch):
         for h in range(heads):
             logits = query[b, h, -window_size:].float() @ key[b, h // groups].float().T * scale
+            if softcap is not None:
+                logits = (logits / softcap).tanh() * softcap
             for t in range(window_size):
                 logits[t, kv_len - window_size + t + 1 :] = -math.inf
             attention = logits.softmax(-1).mean(0)[:prefix]

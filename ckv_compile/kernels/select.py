@@ -17,33 +17,49 @@ def select(
     first_stage_ratio: float,
     epsilon: float,
 ) -> Tensor:
-    """Twin of :func:`ckv_compile.kernels.reference.select`, traceable, ``budget`` int or SymInt.
+    """Twin of :func:`ckv_compile.kernels.reference.select`, ``budget`` int or SymInt.
 
     Args:
         base: ``[B, Hkv, K]`` float32 attention scores; what they say of the window is not read.
         norm: ``[B, Hkv, K]`` float32 projected norms, or None for attention alone.
+        budget: entries to keep, at most K.
 
     Returns:
         ``[B, Hkv, budget]`` int64, ascending: the window by construction, then stage 1 by
         attention, then stage 2 by ``(attention + epsilon) * norm``. Of equal scores the later
         position stays, on every device. NaN counts as the lowest score.
     """
+    # floor(ratio * budget) in integers: a float product could land on the wrong side.
+    ratio = Fraction(str(first_stage_ratio))
+    first = ratio.numerator * budget // ratio.denominator
+    return torch.ops.ckv_compile.select(base, norm, budget, first, window_size, epsilon)
+
+
+# An op of ours, opaque to the compiler: its top-k are library calls in any case, and traced they
+# are thirty nodes in each layer, with guards on the length, for nothing to fuse.
+@torch.library.custom_op("ckv_compile::select", mutates_args=())
+def _select(
+    base: Tensor, norm: Tensor | None, budget: int, first: int, window_size: int, epsilon: float
+) -> Tensor:
     kv_len = base.shape[2]
     positions = torch.arange(kv_len, device=base.device)
     chosen = positions >= kv_len - window_size
     scores = base
     if norm is not None:
-        ratio = Fraction(str(first_stage_ratio))
-        first = ratio.numerator * budget // ratio.denominator
-        first = torch.sym_min(kv_len, torch.sym_max(first, window_size))
+        first = min(kv_len, max(first, window_size))
         keys = _sort_keys(base, chosen, positions)
-        # A threshold, not a scatter of the first places: keys are distinct, so it is exact.
-        chosen = keys >= keys.topk(first, dim=-1).values.amin(-1, keepdim=True)
+        # Keys are distinct, so the threshold lets exactly `first` of them through.
+        chosen = keys >= keys.topk(first, dim=-1).values[..., -1:]
         scores = (base + epsilon) * norm
-    best = _sort_keys(scores, chosen, positions).topk(budget, dim=-1).indices
-    # topk once more instead of sort, which Inductor lowers in two ways, below and above 32,767
-    # entries: a guard, hence a second graph.
-    return -(-best).topk(budget, dim=-1).values
+    best = _sort_keys(scores, chosen, positions).topk(budget, dim=-1, sorted=False).indices
+    return best.sort(dim=-1).values
+
+
+@_select.register_fake
+def _(
+    base: Tensor, norm: Tensor | None, budget: int, first: int, window_size: int, epsilon: float
+) -> Tensor:
+    return base.new_empty((base.shape[0], base.shape[1], budget), dtype=torch.int64)
 
 
 def _sort_keys(scores: Tensor, chosen: Tensor, positions: Tensor) -> Tensor:

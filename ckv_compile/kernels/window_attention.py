@@ -11,7 +11,12 @@ from torch import Tensor
 
 
 def window_attention(
-    query: Tensor, key: Tensor, scale: Any, window_size: int, kernel_size: int
+    query: Tensor,
+    key: Tensor,
+    scale: Any,
+    window_size: int,
+    kernel_size: int,
+    softcap: Any = None,
 ) -> Tensor:
     """Twin of :func:`ckv_compile.kernels.reference.window_attention`, traceable.
 
@@ -19,6 +24,7 @@ def window_attention(
         query: ``[B, H, Q, D]``, any float dtype.
         key: ``[B, Hkv, K, D]`` with ``K == Q``: the causal prefill of a fresh cache.
         scale: SDPA's scale, None for ``1/sqrt(D)``.
+        softcap: logits are ``softcap * tanh(logits / softcap)`` (Gemma 2), None for none.
 
     Returns:
         ``[B, Hkv, K]`` float32; 0 where the window is. For ``K <= window_size`` there is no key to
@@ -36,6 +42,8 @@ def window_attention(
     rows = rows.reshape(batch, kv_heads, groups * window_size, head_dim)
     logits = rows @ key.float().transpose(-1, -2)  # [B, Hkv, G*W, K]
     logits = logits.reshape(batch, heads, window_size, kv_len)
+    if softcap is not None:
+        logits = (logits / softcap).tanh() * softcap
     hidden = positions > window[:, None]  # [W, K]
     attention = _softmax(logits.masked_fill(hidden, -math.inf)).mean(2)  # [B, H, K]
     in_window = positions >= kv_len - window_size

@@ -33,13 +33,19 @@ class ScoreInputs:
     o_proj_weight: Tensor  # [E, H*Dv], or [H*Dv, E] if in_out
     in_out: bool
     scale: Any
+    softcap: Any
     config: EvictionConfig
 
     def window_attention(self) -> Tensor:
         """Pooled mean attention of the observation window, ``[B, Hkv, K]``."""
         config = self.config
         return window_attention(
-            self.query, self.key, self.scale, config.window_size, config.kernel_size
+            self.query,
+            self.key,
+            self.scale,
+            config.window_size,
+            config.kernel_size,
+            self.softcap,
         )
 
     def projected_norm(self) -> Tensor:

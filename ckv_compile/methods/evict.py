@@ -20,6 +20,7 @@ class EvictKV(nn.Module):
     Args:
         config: the options; the budget is read from it unless a call brings ``capacity``.
         in_out: whether the weight is ``[H*Dv, E]`` (Conv1D, ``addmm``) or ``[E, H*Dv]`` (linear).
+        from_config: whether the budget is ``config.budget``, not ``capacity``.
     """
 
     def __init__(self, config: EvictionConfig, in_out: bool, from_config: bool) -> None:
@@ -33,6 +34,7 @@ class EvictKV(nn.Module):
         value: Tensor,
         o_proj_weight: Tensor,
         scale: Any = None,
+        softcap: Any = None,
         capacity: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """``[B, Hkv, K, D]`` to ``[B, Hkv, budget, D]``; ``capacity`` is empty, its size the budget."""
@@ -42,7 +44,7 @@ class EvictKV(nn.Module):
         else:
             budget = torch.sym_min(capacity.shape[0], kv_len)
         inputs = ScoreInputs(
-            query, key, value, o_proj_weight, self.in_out, scale, self.config
+            query, key, value, o_proj_weight, self.in_out, scale, softcap, self.config
         )
         scores = METHODS[self.config.method](inputs)
         keep = select(

@@ -98,7 +98,8 @@ def _insert(
     module = EvictKV(config, site.projection.in_out, from_config=not given)
     name = f"ckv_evict_{site.index}"
     gm.add_submodule(name, module)
-    args = (site.query, site.cache_key, site.cache_value, site.projection.weight, site.scale)
+    kv = (site.cache_key, site.cache_value)
+    args = (site.query, *kv, site.projection.weight, site.scale, site.softcap)
     if given:
         assert capacity is not None
         args = (*args, capacity.node)  # type: ignore[assignment]

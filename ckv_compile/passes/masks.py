@@ -30,18 +30,22 @@ class Mask:
     """True where attention may look. ``layout`` says along which dimensions it varies (B, Q, K).
 
     ``padding`` is the 2-D tensor ``[B, K]`` whose false entries hide keys, if there is one.
+    ``additive``: zero where True and very negative elsewhere, to be added to the logits.
     """
 
     layout: Layout
     is_causal: bool = False
     padding: Node | None = None
+    additive: bool = False
 
 
-def read_mask(node: Node, q_len: Any, kv_len: Any) -> Mask | str:
+def read_mask(node: Node, q_len: Any, kv_len: Any, *, additive: bool) -> Mask | str:
     """The causal mask that ``node`` builds for ``[.., q_len, kv_len]``, or why it is not one."""
     mask = _read(node, {})
     if not isinstance(mask, Mask):
         return f"mask {node.name} is built by ops that are not read"
+    if mask.additive != additive:
+        return f"mask {node.name} is {'added' if additive else 'a condition'}, not so built"
     names, shape = names_of(mask.layout), vocab.shape_of(node) or ()
     if not mask.is_causal:
         return f"mask {node.name} is not causal"
@@ -71,6 +75,12 @@ def _read_op(node: Node, seen: dict[Node, Index | Mask | None]) -> Index | Mask 
         return Mask(((),) * len(shape))
     if vocab.name_of(node) == "tril":
         return _tril(node, shape, seen)
+    condition = vocab.masking_where(node)
+    if condition is not None:
+        mask = _read(condition, seen)
+        if not isinstance(mask, Mask) or mask.additive:
+            return None
+        return dataclasses.replace(mask, additive=True)
     if vocab.is_and(node):
         return _both(_read(node.args[0], seen), _read(node.args[1], seen))
     if vocab.is_less_equal(node):
@@ -147,7 +157,8 @@ def _both(first: Index | Mask | None, second: Index | Mask | None) -> Mask | Non
     if not isinstance(first, Mask) or not isinstance(second, Mask):
         return None
     layout = _merged(first.layout, second.layout)
-    if layout is None or (first.padding and second.padding):
+    twice = first.padding is not None and second.padding is not None
+    if layout is None or twice or first.additive or second.additive:
         return None
     return Mask(layout, first.is_causal or second.is_causal, first.padding or second.padding)
 

@@ -11,6 +11,7 @@ from torch.fx import GraphModule, Node
 
 from ..site import AttentionSite, Phase, Projection, Reason, Rejection
 from . import vocabulary as vocab
+from .attention import Attention, find_attentions
 from .axes import Layout, chain_above, follow, labelled, names_of, text_of, through
 from .masks import read_mask
 
@@ -34,7 +35,7 @@ class _Cached:
 def match_sites(
     gm: GraphModule, *, training: bool = False, grad_enabled: bool = False
 ) -> tuple[tuple[AttentionSite, ...], tuple[Rejection, ...]]:
-    """Every ``scaled_dot_product_attention`` of ``gm``, as a site or as a rejection.
+    """Every attention of ``gm``, as a site or as a rejection.
 
     Args:
         gm: a Dynamo graph with example values (static or symbolic shapes).
@@ -43,58 +44,57 @@ def match_sites(
     """
     sites: list[AttentionSite] = []
     rejections: list[Rejection] = []
-    for sdpa in filter(vocab.is_sdpa, gm.graph.nodes):
-        name = module_path_of(sdpa)
+    for found in find_attentions(gm):
+        node = found.node if isinstance(found, Rejection) else found.anchor
+        name = module_path_of(node)
         try:
             if training:
-                raise _Refused(sdpa, Reason.TRAINING, "the model is in training mode")
+                raise _Refused(node, Reason.TRAINING, "the model is in training mode")
             if grad_enabled:
-                raise _Refused(sdpa, Reason.GRADIENTS, "autograd records this call")
-            sites.append(_site_of(gm, sdpa, len(sites), name))
+                raise _Refused(node, Reason.GRADIENTS, "autograd records this call")
+            if isinstance(found, Rejection):
+                raise _Refused(found.node, found.reason, found.detail)
+            sites.append(_site_of(gm, found, len(sites), name))
         except _Refused as refused:
             rejections.append(dataclasses.replace(refused.rejection, name=name))
     return _without_shared_caches(sites, rejections)
 
 
-def _site_of(gm: GraphModule, sdpa: Node, index: int, name: str) -> AttentionSite:
-    query, key, value = (
-        vocab.argument(sdpa, i, operand) for i, operand in enumerate(("query", "key", "value"))
-    )
-    attn_mask = vocab.argument(sdpa, 3, "attn_mask")
-    dropout_p = vocab.argument(sdpa, 4, "dropout_p", 0.0)
-    is_causal = vocab.argument(sdpa, 5, "is_causal", False)
-    if dropout_p != 0:
-        raise _Refused(sdpa, Reason.DROPOUT, f"attention dropout is {dropout_p}")
-    batch, heads, q_len, head_dim = _operand_shape(sdpa, query, "query")
-    value_head_dim = _operand_shape(sdpa, value, "value")[3]
+def _site_of(gm: GraphModule, attention: Attention, index: int, name: str) -> AttentionSite:
+    node = attention.output
+    if attention.dropout_p != 0:
+        raise _Refused(node, Reason.DROPOUT, f"attention dropout is {attention.dropout_p}")
+    batch, heads, q_len, head_dim = _operand_shape(node, attention.query, "query")
+    value_head_dim = _operand_shape(node, attention.value, "value")[3]
     if not all(isinstance(size, int) for size in (heads, head_dim, value_head_dim)):
-        raise _Refused(sdpa, Reason.OPERANDS, "the head count or head_dim is symbolic")
-    _operand_shape(sdpa, key, "key")
+        raise _Refused(node, Reason.OPERANDS, "the head count or head_dim is symbolic")
+    _operand_shape(node, attention.key, "key")
 
-    projection = _projection_of(sdpa, batch, heads, q_len, value_head_dim)
-    cache_key = _cached(gm, key, Reason.KEY_AXES)
-    cache_value = _cached(gm, value, Reason.VALUE_AXES)
+    projection = _projection_of(node, batch, heads, q_len, value_head_dim)
+    cache_key = _cached(gm, attention.key, Reason.KEY_AXES)
+    cache_value = _cached(gm, attention.value, Reason.VALUE_AXES)
     num_key_value_heads, kv_len = cache_key.shape[1], cache_key.shape[2]
     if cache_value.shape[1] != num_key_value_heads or heads % num_key_value_heads:
         detail = f"{heads} heads over {num_key_value_heads} K and {cache_value.shape[1]} V heads"
-        raise _Refused(sdpa, Reason.OPERANDS, detail)
+        raise _Refused(node, Reason.OPERANDS, detail)
     phase = _phase_of(q_len, kv_len)
     for cached in (cache_key, cache_value):
         same = vocab.known(cached.shape[0] == batch) and vocab.known(cached.shape[2] == kv_len)
         # K and V of a later call carry the lengths of two cache tensors: two symbols.
         if phase == "prefill" and not same:
             detail = f"{cached.node.name} is {cached.shape} for batch {batch} and {kv_len} keys"
-            raise _Refused(sdpa, Reason.OPERANDS, detail)
+            raise _Refused(node, Reason.OPERANDS, detail)
     return AttentionSite(
         index=index,
         name=name,
-        sdpa=sdpa,
-        query=query,
-        key=key,
-        value=value,
-        attn_mask=attn_mask,
-        is_causal=bool(is_causal),
-        scale=vocab.argument(sdpa, 6, "scale"),
+        sdpa=node,
+        query=attention.query,
+        key=attention.key,
+        value=attention.value,
+        attn_mask=attention.attn_mask,
+        is_causal=bool(attention.is_causal),
+        scale=attention.scale,
+        softcap=attention.softcap,
         projection=projection,
         cache_key=cache_key.node,
         cache_value=cache_value.node,
@@ -108,7 +108,7 @@ def _site_of(gm: GraphModule, sdpa: Node, index: int, name: str) -> AttentionSit
         q_len=q_len,
         kv_len=kv_len,
         phase=phase,
-        mask_kind=_mask_kind_of(sdpa, attn_mask, is_causal, q_len, kv_len, phase),
+        mask_kind=_mask_kind_of(attention, q_len, kv_len, phase),
     )
 
 
@@ -209,19 +209,19 @@ def _checked_cache(
     return _Cached(node, outputs, shape)
 
 
-def _mask_kind_of(
-    sdpa: Node, attn_mask: object, is_causal: object, q_len: Any, kv_len: Any, phase: Phase
-) -> str:
+def _mask_kind_of(attention: Attention, q_len: Any, kv_len: Any, phase: Phase) -> str:
     """The mask in a word. Only a prefill is evicted, so only there must it be understood."""
+    node, attn_mask = attention.output, attention.attn_mask
     if phase != "prefill":
         return "none" if attn_mask is None else "tensor"
     if attn_mask is None:
-        if is_causal is not True:
-            raise _Refused(sdpa, Reason.NOT_CAUSAL, "every query sees every key")
+        if attention.is_causal is not True:
+            raise _Refused(node, Reason.NOT_CAUSAL, "every query sees every key")
         return "is_causal"
-    if is_causal is True or not isinstance(attn_mask, Node):
-        raise _Refused(sdpa, Reason.MASK_UNREADABLE, f"mask {attn_mask} with is_causal={is_causal}")
-    mask = read_mask(attn_mask, q_len, kv_len)
+    if attention.is_causal is True or not isinstance(attn_mask, Node):
+        detail = f"mask {attn_mask} with is_causal={attention.is_causal}"
+        raise _Refused(node, Reason.MASK_UNREADABLE, detail)
+    mask = read_mask(attn_mask, q_len, kv_len, additive=attention.additive)
     if isinstance(mask, str):
         raise _Refused(attn_mask, Reason.MASK_UNREADABLE, mask)
     if mask.padding is not None:

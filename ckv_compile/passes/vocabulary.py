@@ -78,6 +78,49 @@ def is_sdpa(node: Node) -> bool:
     )
 
 
+def is_softmax(node: Node) -> bool:
+    return name_of(node) in ("softmax", "_softmax") and node.op in ("call_function", "call_method")
+
+
+def softmax_dim(node: Node) -> Any:
+    return argument(node, 1, "dim")
+
+
+def is_matmul(node: object) -> bool:
+    return isinstance(node, Node) and name_of(node) in ("matmul", "__matmul__", "bmm")
+
+
+def scaling_of(node: Node) -> tuple[Any, Any, bool] | None:
+    """``(x, c, divides)`` if ``node`` is ``x * c`` or ``x / c`` with a number or scalar node ``c``."""
+    name = name_of(node)
+    times, over = name in ("mul", "__mul__", "imul"), name in ("div", "truediv", "__truediv__")
+    if not times and not over or len(node.args) < 2:
+        return None
+    inner, factor = node.args[0], node.args[1]
+    if times and not isinstance(value_of(inner), torch.Tensor):
+        inner, factor = factor, inner
+    if not isinstance(value_of(inner), torch.Tensor):
+        return None
+    number = isinstance(factor, (int, float)) and not isinstance(factor, bool)
+    return (inner, factor, over) if number or _is_scalar(factor) else None
+
+
+def _is_scalar(node: object) -> bool:
+    return isinstance(value_of(node), (torch.SymFloat, torch.SymInt, float, int))
+
+
+def masking_where(node: Node) -> Node | None:
+    """The condition of ``where(condition, 0, very negative)``: an additive mask."""
+    if name_of(node) != "where" or len(node.args) != 3:
+        return None
+    condition, seen, hidden = node.args
+    zero = isinstance(seen, Node) and name_of(seen) in ("zeros", "new_zeros") or seen == 0
+    # The least value that is used for it is float16's minimum.
+    if not zero or not isinstance(hidden, (int, float)) or hidden > -65504:
+        return None
+    return condition if isinstance(condition, Node) else None
+
+
 def is_dropout(node: Node) -> bool:
     return name_of(node) in ("dropout", "dropout_") and node.op in ("call_function", "call_method")
 

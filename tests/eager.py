@@ -1,0 +1,97 @@
+"""The eager loop that eviction must agree with: the unmodified model, its K and V cut by hand."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AttentionInterface, DynamicCache
+
+from ckv_compile.config import EvictionConfig
+from ckv_compile.kernels import reference
+
+
+@dataclasses.dataclass(frozen=True)
+class Recorded:
+    """One layer's attention as the model called it; K and V before any repetition."""
+
+    module: torch.nn.Module
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    scale: float | None
+
+    def keep(self, config: EvictionConfig) -> Tensor:
+        """Kept positions ``[B, Hkv, budget]`` by the oracle."""
+        names = ("o_proj", "dense", "out_proj", "c_proj")
+        projection = next(m for n in names if (m := getattr(self.module, n, None)) is not None)
+        in_out = type(projection).__name__ == "Conv1D"
+        scores = reference.window_attention(
+            self.query, self.key, self.scale, config.window_size, config.kernel_size
+        )
+        norms = reference.projected_norm(
+            self.value, projection.weight, in_out, self.query.shape[1], config.norm
+        )
+        return reference.select(
+            scores,
+            norms if config.method == "criticalkv" else None,
+            config.entries(self.key.shape[2]),
+            config.window_size,
+            config.first_stage_ratio,
+            config.epsilon,
+        )
+
+
+_calls: list[Recorded] = []
+
+
+def _recording(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: Any = None, **_: Any
+) -> tuple[Tensor, None]:
+    _calls.append(Recorded(module, query, key, value, scaling))
+    out = F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, is_causal=mask is None and query.shape[2] > 1,
+        scale=scaling, enable_gqa=True,
+    )  # fmt: skip
+    return out.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register("recording", _recording)
+
+
+@torch.no_grad()
+def prefill(model: Any, ids: Tensor, config: EvictionConfig) -> tuple[Tensor, DynamicCache]:
+    """Last logits and the cut cache of an uncompiled prefill."""
+    model = copy.deepcopy(model)
+    model.set_attn_implementation("recording")
+    _calls.clear()
+    cache = DynamicCache()
+    logits = model(input_ids=ids, past_key_values=cache, use_cache=True).logits[:, -1]
+    for layer, call in zip(cache.layers, list(_calls), strict=True):
+        layer.keys, layer.values = reference.compact(call.key, call.value, call.keep(config))
+    return logits, cache
+
+
+@torch.no_grad()
+def generate(model: Any, ids: Tensor, config: EvictionConfig, steps: int) -> tuple[Tensor, Tensor]:
+    """Greedy tokens ``[B, steps]`` and logits ``[B, steps, V]`` over the cut cache."""
+    logits, cache = prefill(model, ids, config)
+    tokens, all_logits = [], []
+    for step in range(steps):
+        all_logits.append(logits)
+        tokens.append(logits.argmax(-1, keepdim=True))
+        position = torch.full_like(tokens[-1], ids.shape[1] + step)
+        extra = {"position_ids": position} if _takes_positions(model) else {}
+        out = model(input_ids=tokens[-1], past_key_values=cache, use_cache=True, **extra)
+        logits = out.logits[:, -1]
+    return torch.cat(tokens, 1), torch.stack(all_logits, 1)
+
+
+def _takes_positions(model: Any) -> bool:
+    import inspect
+
+    return "position_ids" in inspect.signature(model.forward).parameters

@@ -1,0 +1,82 @@
+"""Import is free, and rooms import only downwards."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import ckv_compile
+
+PACKAGE = Path(ckv_compile.__file__).parent
+
+# room: the rooms it may import. A room is a file or a folder of the package.
+ARROWS = {
+    "config": set(),
+    "site": set(),
+    "kernels": {"site", "config"},
+    "methods": {"kernels", "site", "config"},
+    "passes": {"methods", "kernels", "site", "config"},
+    "report": {"site", "config"},
+    "backend": {"passes", "methods", "report", "site", "config"},
+    "runtime": {"backend", "passes", "report", "config"},
+    "api": {"runtime", "backend", "report", "config"},
+    "__init__": {"api", "report", "site", "config"},
+}
+# Outside knowledge that is one room's alone.
+ONLY = {"torch._inductor": {"backend"}, "transformers": {"cache"}, "triton": set()}
+
+
+def modules() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported_rooms(path: Path) -> set[str]:
+    """The rooms of this package that the file imports, relatively or by name."""
+    depth = len(path.relative_to(PACKAGE).parts)
+    rooms = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            above = path.relative_to(PACKAGE).parts[: depth - node.level]
+            parts = [*above, *(node.module.split(".") if node.module else [])]
+            rooms |= {parts[0]} if parts else {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("ckv_compile"):
+            rooms |= {(node.module or "").split(".")[1]}
+    return rooms - {room_of(path)}
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_arrows_point_one_way(path):
+    """A room that imports upwards ties the package into a knot."""
+    assert imported_rooms(path) <= ARROWS[room_of(path)]
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_outside_knowledge_has_one_home(path):
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and not node.level:
+            names.add(node.module)
+        elif isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+    for outside, rooms in ONLY.items():
+        known = {n for n in names if n and (n == outside or n.startswith(outside + "."))}
+        assert not known or room_of(path) in rooms, known
+
+
+def test_import_loads_neither_triton_nor_transformers():
+    """A user who never touches a GPU or Hugging Face must not pay for them."""
+    code = (
+        "import sys, ckv_compile\n"
+        "heavy = {'triton', 'transformers', 'torch._inductor.compile_fx', 'matplotlib', 'rich'}\n"
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
