@@ -94,6 +94,6 @@ def _optimized(model: nn.Module) -> OptimizedForward | None:
 
 
 def _same_code(previous: OptimizedForward, config: EvictionConfig) -> bool:
-    """Whether ``config`` can run on what was compiled: the budget alone differs, and is an input."""
+    """Whether ``config`` can run on what was compiled: only the budget differs, an input."""
     same_options = dataclasses.replace(config, budget=previous.config.budget) == previous.config
     return same_options and not previous.region.bakes_budget

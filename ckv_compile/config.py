@@ -25,7 +25,7 @@ _EXPRESSION_NODES = (
 )  # fmt: skip
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Budget:
     """Entries kept per KV head, as a function of the prompt length ``n``.
 
@@ -56,6 +56,17 @@ class Budget:
         if isinstance(spec, str):
             _ratio_of(_parsed(spec), 1024)
 
+    def __eq__(self, other: object) -> bool:
+        # 1 and 1.0 are equal numbers and opposite budgets: one token, everything.
+        return isinstance(other, Budget) and self._identity == other._identity
+
+    def __hash__(self) -> int:
+        return hash(self._identity)
+
+    @property
+    def _identity(self) -> tuple[type, float | int | str]:
+        return type(self.spec), self.spec
+
     @property
     def keeps_everything(self) -> bool:
         """Whether no prompt of any length loses an entry."""
@@ -64,7 +75,9 @@ class Budget:
     def entries(self, n: int | torch.SymInt, window_size: int) -> Any:
         """``min(n, max(window_size + 1, round_half_up(budget(n))))``, exact, for int or SymInt."""
         if isinstance(self.spec, float):
-            share = Fraction(str(self.spec))  # 0.1 means one tenth, not its binary neighbour
+            # 0.1 means one tenth, not its binary neighbour, and 1/3 one third; a denominator of
+            # seventeen digits would overflow the int64 arithmetic of generated code.
+            share = Fraction(str(self.spec)).limit_denominator(10**6)
             num, den = share.numerator * n, share.denominator
         elif isinstance(self.spec, int):
             num, den = self.spec, 1
@@ -114,7 +127,7 @@ class EvictionConfig:
         _check_float("epsilon", self.epsilon, 0.0, math.inf, "a finite float >= 0")
         if not isinstance(self.budget, Budget):
             object.__setattr__(self, "budget", Budget(self.budget))
-        spec = self.budget.spec
+        spec = self.budget.spec  # type: ignore[union-attr]
         if isinstance(spec, int) and spec <= self.window_size:
             raise ValueError(
                 f"budget={spec} does not exceed window_size={self.window_size}, which is always "
@@ -155,7 +168,7 @@ def _check_int(name: str, value: object, takes: str, number: int, low: int) -> N
 def _check_float(name: str, value: object, low: float, high: float, takes: str) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}={value!r} is a {type(value).__name__}; it takes {takes}")
-    if not (low <= value <= high and math.isfinite(value)):
+    if not (low <= value <= high and value < math.inf):  # NaN fails the first
         raise ValueError(f"{name}={value!r} is out of range; it takes {takes}")
 
 
@@ -186,7 +199,7 @@ def _parsed(text: str) -> Any:
             or node.func.id not in _EXPRESSION_CALLS
         )
         named = isinstance(node, ast.Name) and node.id not in ("n", *_EXPRESSION_CALLS)
-        valued = isinstance(node, ast.Constant) and type(node.value) not in (int, float)
+        valued = isinstance(node, ast.Constant) and not _is_sane(node.value)
         if not isinstance(node, _EXPRESSION_NODES) or called or named or valued:
             raise ValueError(wrong)
     names = {
@@ -197,10 +210,16 @@ def _parsed(text: str) -> Any:
         "ceil": sympy.ceiling,
     }
     try:
-        # Decimals as rationals: 0.1 means one tenth.
-        return sympy.sympify(text, locals=names, rational=True)
+        # Decimals as rationals: 0.1 means one tenth. Unparsed, for 1e-999999999 is 0.0 to Python
+        # and a number of a billion digits to sympy.
+        return sympy.sympify(ast.unparse(tree), locals=names, rational=True)
     except (TypeError, ValueError, ArithmeticError, sympy.SympifyError):
         raise ValueError(wrong) from None
+
+
+def _is_sane(value: object) -> bool:
+    """A number of entries, or a factor of one."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and value <= 10**12
 
 
 def _ratio_of(expr: Any, n: Any) -> tuple[Any, int]:

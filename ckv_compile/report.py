@@ -74,8 +74,8 @@ class Report:
         """The report in one line."""
         if not self.sites and not self.rejections:
             return "no attention in this graph"
-        reasons = sorted({row.reason for row in self.rejections})
-        left = f"{len(self.rejections)} left alone" + (f" ({', '.join(reasons)})" if reasons else "")
+        reasons = ", ".join(sorted({row.reason for row in self.rejections}))
+        left = f"{len(self.rejections)} left alone" + (f" ({reasons})" if reasons else "")
         spec = self.config.budget.spec  # type: ignore[union-attr]
         phases = ", ".join(sorted({row.phase for row in self.sites})) or "no site"
         sizes = f"{_bytes(self.bytes_before)} -> {_bytes(self.bytes_after)}"
@@ -105,7 +105,7 @@ class Report:
 
 @dataclasses.dataclass(frozen=True)
 class Traced:
-    """A site's sizes in the traced call; ``budget_from`` is "input", "config" or "" (no eviction)."""
+    """A site's sizes in the traced call; ``budget_from``: "input", "config" or "" (no eviction)."""
 
     batch_size: int
     kv_len: int

@@ -39,7 +39,6 @@ class Region:
         # Compiles of two models, or of two configurations of one, must not share a recompile limit.
         self.call = torch.compile(_region(model), backend=backend, isolate_recompiles=True)
 
-
     @property
     def bakes_budget(self) -> bool:
         """Whether some compiled graph holds the budget as a constant, not as an input."""
@@ -184,7 +183,8 @@ def _cache_tensors(value: Any) -> Iterator[Tensor]:
             yield from _cache_tensors(item)
     elif isinstance(getattr(value, "layers", None), list):
         for layer in value.layers:
-            yield from _cache_tensors((getattr(layer, "keys", None), getattr(layer, "values", None)))
+            for name in ("keys", "values"):
+                yield from _cache_tensors(getattr(layer, name, None))
     else:
         for part in ("self_attention_cache", "cross_attention_cache"):
             if hasattr(value, part):

@@ -20,7 +20,7 @@ class Reason(enum.Enum):
     OPERANDS = "give SDPA 4-D operands [B, H, Q, D] whose head counts and head_dim are static"
     NOT_CAUSAL = "none needed: only causal self-attention has a cache to evict from"
     OUTPUT_FORKS = "use the attention output in the output projection alone"
-    OUTPUT_OP = "project the attention output directly; a gate, scale or norm in between is not read"
+    OUTPUT_OP = "project the attention output directly, without a gate, scale or norm in between"
     OUTPUT_AXES = "bring the output to [B, Q, H * D] (transpose(1, 2), then reshape) and project it"
     NO_PROJECTION = "follow the attention by a linear output projection"
     KEY_AXES = "keep K as [B, num_key_value_heads, K, D], repeated over groups at most"

@@ -237,8 +237,9 @@ def _ask(model: Any, tokenizer: Any, inputs: Any, max_new_tokens: int) -> Run:
 
 def _matched(model: Any) -> str:
     report = ckv_compile.explain(model)
-    prefill = [row for row in report.sites if row.phase == "prefill"]
-    return f"{len(prefill)}, {sum(row.action == 'evict' for row in prefill)} evicted"
+    actions = [row.action for row in report.sites if row.phase == "prefill"]
+    evicted = actions.count("evict")
+    return str(evicted) if evicted == len(actions) else f"{len(actions)}, {evicted} evicted"
 
 
 def _cells(budget: str, run: Run, full: Run, matched: str) -> tuple[str, ...]:

@@ -36,7 +36,7 @@ def _per_head(weight: Tensor, in_out: bool, heads: int) -> Tensor:
 
 def _l2(value: Tensor, weight: Tensor, in_out: bool, heads: int) -> Tensor:
     """``||v W|| = sqrt(v G v^T)`` with the Gram matrix ``G = W W^T``: no product as wide as E."""
-    batch, kv_heads, kv_len, head_dim = value.shape
+    kv_heads, head_dim = value.shape[1], value.shape[3]
     groups = heads // kv_heads
     per_head = _per_head(weight, in_out, heads).float()
     gram = per_head @ per_head.transpose(-1, -2)  # [H, Dv, Dv]
@@ -51,7 +51,7 @@ def _l2(value: Tensor, weight: Tensor, in_out: bool, heads: int) -> Tensor:
 def _l1(value: Tensor, weight: Tensor, in_out: bool, heads: int) -> Tensor:
     # An op of ours, opaque to the compiler: Inductor does not fuse a reduction into a product and
     # would write the whole [B, H, K, E] to memory first. Here only a block of it ever exists.
-    batch, kv_heads, kv_len, head_dim = value.shape
+    batch, kv_heads, kv_len, _ = value.shape
     groups, hidden_size = heads // kv_heads, weight.shape[1 if in_out else 0]
     norms = torch.zeros(batch, kv_heads, kv_len, dtype=torch.float32, device=value.device)
     per_head = _per_head(weight, in_out, heads)

@@ -23,9 +23,9 @@ def window_attention(
     """SnapKV scores ``[B, Hkv, K]`` of the keys before the window; 0 in the window.
 
     Mean causal attention of the last ``window_size`` queries, max-pooled over the keys before the
-    window (and over nothing else), then averaged over the query heads of a group (arXiv 2404.14469).
+    window (and over nothing else), then averaged over the heads of a group (arXiv 2404.14469).
     """
-    batch, heads, q_len, head_dim = query.shape
+    batch, heads, _, head_dim = query.shape
     kv_heads, kv_len = key.shape[1], key.shape[2]
     groups = heads // kv_heads
     scale = 1 / math.sqrt(head_dim) if scale is None else scale

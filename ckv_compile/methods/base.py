@@ -51,6 +51,4 @@ class ScoreInputs:
     def projected_norm(self) -> Tensor:
         """``||v_i W_O||``, mean over the group, ``[B, Hkv, K]``."""
         heads = self.query.shape[1]
-        return projected_norm(
-            self.value, self.o_proj_weight, self.in_out, heads, self.config.norm
-        )
+        return projected_norm(self.value, self.o_proj_weight, self.in_out, heads, self.config.norm)

@@ -37,7 +37,7 @@ class EvictKV(nn.Module):
         softcap: Any = None,
         capacity: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """``[B, Hkv, K, D]`` to ``[B, Hkv, budget, D]``; ``capacity`` is empty, its size the budget."""
+        """``[B, Hkv, K, D]`` to ``[B, Hkv, budget, D]``; the size of ``capacity`` is the budget."""
         kv_len = key.shape[2]
         if capacity is None:
             budget = self.config.entries(kv_len)

@@ -75,7 +75,7 @@ def _sdpa(node: Node) -> Attention:
 
 
 def _eager(softmax: Node) -> Attention | Rejection | None:
-    """Read ``matmul -> scale -> soft cap -> mask -> softmax -> dropout -> matmul`` from the middle."""
+    """Read ``matmul, scale, soft cap, mask, softmax, dropout, matmul`` from the middle outwards."""
     weights, dropout_p = softmax, 0.0
     product = _only_user(weights)
     while product is not None and (vocab.is_cast(product) or vocab.is_dropout(product)):
@@ -111,9 +111,9 @@ def _eager(softmax: Node) -> Attention | Rejection | None:
     return Attention(
         anchor=softmax,
         output=product,
-        query=query,  # type: ignore[arg-type]
-        key=transposed.args[0],  # type: ignore[union-attr,arg-type]
-        value=product.args[1],  # type: ignore[arg-type]
+        query=query,
+        key=transposed.args[0],
+        value=product.args[1],
         attn_mask=attn_mask,
         is_causal=False,
         additive=True,
@@ -142,7 +142,7 @@ def _factors(node: Any) -> tuple[Any, list[_Factor]]:
 def _product(factors: list[_Factor]) -> Node | float | None:
     """All factors as one: a number, or one lone node; None where it would take arithmetic."""
     if all(isinstance(factor, (int, float)) for factor in factors):
-        return math.prod(factors)  # type: ignore[arg-type]
+        return math.prod(factors)
     if len(factors) == 1 and isinstance(factors[0], tuple) and not factors[0][1]:
         return factors[0][0]
     return None

@@ -21,8 +21,7 @@ Layout = tuple[tuple[Factor, ...], ...]
 def labelled(names: Sequence[str], sizes: Sequence[Any]) -> Layout:
     """One label per dimension: ``labelled("BHQD", shape)``."""
     return tuple(
-        () if known(size == 1) else ((name, size),)
-        for name, size in zip(names, sizes, strict=True)
+        () if known(size == 1) else ((name, size),) for name, size in zip(names, sizes, strict=True)
     )
 
 

@@ -75,15 +75,15 @@ def insert_eviction(
 ) -> tuple[Inserted, ...]:
     """Add ``ckv_evict_i(query, key, value, o_proj_weight, scale)`` behind each prefill site.
 
-    before: ``k, v -> sdpa -> ... -> linear``,      outputs ``(.., k, v)``
-    after:  ``k, v -> sdpa -> ... -> linear``, ``ckv_evict_i(q, k, v, W_O)``, outputs ``(.., k', v')``
+    before: ``k, v -> sdpa -> .. -> linear``; the graph returns ``k, v``
+    after:  the same, ``k', v' = ckv_evict_i(q, k, v, W_O, ..)``; it returns ``k', v'``
 
     Attention in this call still reads all of K and V; only what the cache keeps is cut. A graph
     that has eviction nodes already is left as it is, so a second run inserts nothing.
     """
     prefills = [site for site in sites if site.phase == "prefill"]
     done = any(isinstance(module, EvictKV) for module in gm.modules())
-    if done or config.budget.keeps_everything and capacity is None:  # type: ignore[union-attr]
+    if done or (config.budget.keeps_everything and capacity is None):  # type: ignore[union-attr]
         prefills = []
     inserted = tuple(_insert(gm, site, config, capacity) for site in prefills)
     gm.graph.lint()

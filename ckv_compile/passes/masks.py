@@ -98,9 +98,8 @@ def _read_op(node: Node, seen: dict[Node, Index | Mask | None]) -> Index | Mask 
     if op is None:
         return inner if vocab.is_cast(node) and isinstance(inner, Mask) else None
     # An expand spreads a mask over axes on which it does not depend: there it stays unlabelled.
-    layout = _spread(inner.layout, len(shape)) if op.kind == "expand" else inner.layout
-    if op.kind != "expand":
-        layout = through(op, layout, shape)  # type: ignore[assignment]
+    spread = _spread(inner.layout, len(shape)) if op.kind == "expand" else None
+    layout = spread if spread is not None else through(op, inner.layout, shape)
     return None if layout is None else dataclasses.replace(inner, layout=layout)
 
 
@@ -140,17 +139,17 @@ def _causal(key: Index | Mask | None, query: Index | Mask | None) -> Mask | None
 
 
 def _padding(node: Node, seen: dict[Node, Index | Mask | None]) -> Mask | None:
-    """``padding[batch, key]`` with plain indices: entry (b, k) says whether key k of row b is real."""
+    """``padding[batch, key]`` with plain indices: entry (b, k) says whether that key is real."""
     base, index = node.args
-    if len(vocab.shape_of(base) or ()) != 2 or len(index) != 2:  # type: ignore[arg-type]
+    if len(vocab.shape_of(base) or ()) != 2 or len(index) != 2:
         return None
-    batch, key = (_read(item, seen) for item in index)  # type: ignore[union-attr]
+    batch, key = (_read(item, seen) for item in index)
     if not isinstance(batch, Index) or not isinstance(key, Index):
         return None
     if not (vocab.known(batch.offset == 0) and vocab.known(key.offset == 0)):
         return None
     layout = _merged(_relabelled(batch.layout, "B"), _relabelled(key.layout, "K"))
-    return None if layout is None else Mask(layout, padding=base)  # type: ignore[arg-type]
+    return None if layout is None else Mask(layout, padding=base)
 
 
 def _both(first: Index | Mask | None, second: Index | Mask | None) -> Mask | None:

@@ -237,7 +237,7 @@ def _without_shared_caches(
     for site in sites:
         for node in (site.cache_key, site.cache_value):
             owners.setdefault(node, []).append(site)
-    alone = []
+    alone: list[AttentionSite] = []
     for site in sites:
         others = {o.name for n in (site.cache_key, site.cache_value) for o in owners[n]}
         if len(owners[site.cache_key]) == len(owners[site.cache_value]) == 1:

@@ -91,10 +91,10 @@ def is_matmul(node: object) -> bool:
 
 
 def scaling_of(node: Node) -> tuple[Any, Any, bool] | None:
-    """``(x, c, divides)`` if ``node`` is ``x * c`` or ``x / c`` with a number or scalar node ``c``."""
+    """``(x, c, divides)`` if ``node`` is ``x * c`` or ``x / c``, c a number or a scalar node."""
     name = name_of(node)
     times, over = name in ("mul", "__mul__", "imul"), name in ("div", "truediv", "__truediv__")
-    if not times and not over or len(node.args) < 2:
+    if (not times and not over) or len(node.args) < 2:
         return None
     inner, factor = node.args[0], node.args[1]
     if times and not isinstance(value_of(inner), torch.Tensor):
@@ -114,7 +114,7 @@ def masking_where(node: Node) -> Node | None:
     if name_of(node) != "where" or len(node.args) != 3:
         return None
     condition, seen, hidden = node.args
-    zero = isinstance(seen, Node) and name_of(seen) in ("zeros", "new_zeros") or seen == 0
+    zero = (isinstance(seen, Node) and name_of(seen) in ("zeros", "new_zeros")) or seen == 0
     # The least value that is used for it is float16's minimum.
     if not zero or not isinstance(hidden, (int, float)) or hidden > -65504:
         return None

