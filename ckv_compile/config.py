@@ -75,9 +75,7 @@ class Budget:
     def entries(self, n: int | torch.SymInt, window_size: int) -> Any:
         """``min(n, max(window_size + 1, round_half_up(budget(n))))``, exact, for int or SymInt."""
         if isinstance(self.spec, float):
-            # 0.1 means one tenth, not its binary neighbour, and 1/3 one third; a denominator of
-            # seventeen digits would overflow the int64 arithmetic of generated code.
-            share = Fraction(str(self.spec)).limit_denominator(10**6)
+            share = exact_share(self.spec)
             num, den = share.numerator * n, share.denominator
         elif isinstance(self.spec, int):
             num, den = self.spec, 1
@@ -148,6 +146,14 @@ class EvictionConfig:
         """Entries kept per KV head of a prompt of ``n`` tokens."""
         assert isinstance(self.budget, Budget)
         return self.budget.entries(n, self.window_size)
+
+
+def exact_share(share: float) -> Fraction:
+    """0.1 as one tenth, not its binary neighbour, and 1/3 as one third.
+
+    A denominator of seventeen digits would overflow the int64 arithmetic of generated code.
+    """
+    return Fraction(str(share)).limit_denominator(10**6)
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -21,6 +23,10 @@ log = logging.getLogger("ckv_compile")
 # The tensors whose axis 1 counts tokens; the first one present says how long the prompt is.
 _TOKENS = ("decoder_input_ids", "decoder_inputs_embeds", "input_ids", "inputs_embeds")
 _MASKS = ("attention_mask", "decoder_attention_mask")
+# Prefill, decode, later turns, each with and without padding and positions, batches of one and of
+# many: more kinds of calls than Dynamo's default of 8, and past the limit nothing is evicted.
+_RECOMPILE_LIMIT = 32
+
 _LENGTH_AXIS_1 = (*_TOKENS, *_MASKS, "position_ids", "token_type_ids")
 
 
@@ -37,7 +43,12 @@ class Region:
             return compiled
 
         # Compiles of two models, or of two configurations of one, must not share a recompile limit.
-        self.call = torch.compile(_region(model), backend=backend, isolate_recompiles=True)
+        self.call = torch.compile(
+            _region(model),
+            backend=backend,
+            isolate_recompiles=True,
+            recompile_limit=_RECOMPILE_LIMIT,
+        )
 
     @property
     def bakes_budget(self) -> bool:
@@ -47,12 +58,25 @@ class Region:
 
 def _region(self: nn.Module) -> Callable[..., Any]:
     # The closure holds the model as "self", so that the paths in a report start inside it.
-    def forward(capacity: Tensor | None, tokens: Any, args: Any, kwargs: Any) -> Any:
-        if capacity is not None:
-            torch.ops.ckv_compile.capacity(capacity, tokens)
+    def forward(plan: Plan | None, args: Any, kwargs: Any) -> Any:
+        if plan is not None:
+            torch.ops.ckv_compile.capacity(plan.capacity, plan.tokens, plan.row_budgets)
         return self._call_impl(*args, **kwargs)
 
     return forward
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a prefill is to keep, as inputs of the compiled graph.
+
+    ``capacity`` is empty and as long as the budget; ``row_budgets`` ``[B]`` int64 are those of the
+    rows of a padded batch, None without padding.
+    """
+
+    capacity: Tensor
+    tokens: Tensor
+    row_budgets: Tensor | None
 
 
 class OptimizedForward:
@@ -81,32 +105,67 @@ class OptimizedForward:
                 "uncompiled and evicts nothing; use model.eval() and torch.no_grad()",
             )
             return self.model._call_impl(*args, **kwargs)
-        kwargs = {name: _without_mask_of_ones(name, value) for name, value in kwargs.items()}
+        kwargs = dict(kwargs)
         tokens = _tokens_of(args, kwargs)
+        cache = self._prepare_cache(kwargs)
+        fresh = cache is None or cache.get_seq_length() == 0
+        mask = _prepare_mask(kwargs, cache, fresh)
+        if mask is not None and fresh and not _is_contiguous(mask):
+            self._warn_once(
+                "holes",
+                "attention_mask has holes between real tokens: this call runs uncompiled and "
+                "evicts nothing",
+            )
+            return self.model._call_impl(*args, **kwargs)
+        # Without layers that remember their rows, a padded batch must keep its whole cache.
+        follows = cache is not None and bool(_cache_room().follows_rows(cache))
+        plan = self._plan(tokens, mask if follows else None) if fresh else None
         _mark_dynamic(args, kwargs)
         compiled_before = len(self.region.reports)
         try:
             with _compile_settings():
-                result = self.region.call(self._capacity(tokens), tokens, args, kwargs)
+                result = self.region.call(plan, args, kwargs)
         except torch._dynamo.exc.FailOnRecompileLimitHit:
             self._warn_once(
                 "limit",
-                "torch._dynamo.config.recompile_limit is reached: calls of this shape run "
+                f"the recompile limit of {_RECOMPILE_LIMIT} is reached: calls of this shape run "
                 "uncompiled and evict nothing. TORCH_LOGS=recompiles tells what changes",
             )
             return self.model._call_impl(*args, **kwargs)
+        if plan is not None and cache is not None:
+            _cache_room().settle(cache, plan.tokens.shape[1], plan.row_budgets)
         self._check(self.region.reports[compiled_before:])
         return result
 
-    def _capacity(self, tokens: Tensor | None) -> Tensor | None:
-        """The budget for this prompt as the size of an empty tensor; None where none is needed."""
+    def _prepare_cache(self, kwargs: dict[str, Any]) -> Any:
+        """The caller's transformers cache, made to remember logical lengths; a new one for none."""
+        room = _cache_room()
+        if room is None:
+            return None
+        cache = kwargs.get("past_key_values")
+        if cache is None:
+            config = getattr(self.model, "config", None)
+            used = kwargs.get("use_cache")
+            if used if used is not None else getattr(config, "use_cache", False):
+                cache = kwargs["past_key_values"] = room.cache_for(self.model)
+        elif isinstance(cache, room.Cache):
+            room.adopt(cache)
+        return cache if isinstance(cache, room.Cache) else None
+
+    def _plan(self, tokens: Tensor | None, mask: Tensor | None) -> Plan | None:
         if tokens is None or tokens.shape[1] == 1:
             return None
-        # Strided to one element: the size is what counts, not the memory.
-        entries = self.config.entries(tokens.shape[1])
-        capacity = torch.empty((), dtype=torch.uint8, device=tokens.device).expand(entries)
+        budgets = [self.config.entries(tokens.shape[1])]
+        row_budgets = None
+        if mask is not None:
+            lengths = mask.bool().sum(-1).tolist()
+            # A row keeps what it would keep alone: its budget counts its own tokens.
+            budgets = [self.config.entries(n) for n in lengths]
+            row_budgets = torch.tensor(budgets, device=tokens.device)
+        # Expanded from one element: the size is what counts, not the memory.
+        capacity = torch.empty((), dtype=torch.uint8, device=tokens.device).expand(max(budgets))
         torch._dynamo.maybe_mark_dynamic(capacity, 0)
-        return capacity
+        return Plan(capacity, tokens, row_budgets)
 
     def _check(self, new: list[Report]) -> None:
         """Say loudly, once, that a compiled prefill found nothing to evict."""
@@ -147,11 +206,38 @@ def _tokens_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     return None
 
 
-def _without_mask_of_ones(name: str, value: Any) -> Any:
-    """A 2-D mask that hides nothing costs a ``[Q, K]`` tensor and says nothing: drop it."""
-    if name not in _MASKS or not isinstance(value, Tensor) or value.dim() != 2:
-        return value
-    return None if bool((value == 1).all()) else value
+def _cache_room() -> Any:
+    """``ckv_compile.cache``, where transformers is in use; a model of another origin needs none."""
+    if "transformers" not in sys.modules:
+        return None
+    from . import cache
+
+    return cache
+
+
+def _prepare_mask(kwargs: dict[str, Any], cache: Any, fresh: bool) -> Tensor | None:
+    """Drop masks that hide nothing, fit others to the cache; returns a decoder's padding mask.
+
+    A 2-D mask of ones costs a ``[Q, K]`` tensor in the graph and says nothing.
+    """
+    for name in _MASKS:
+        mask = kwargs.get(name)
+        if not isinstance(mask, Tensor) or mask.dim() != 2:
+            continue
+        if not fresh and cache is not None:
+            mask = kwargs[name] = _cache_room().physical_mask(cache, mask)
+        if bool((mask == 1).all()):
+            kwargs[name] = None
+    mask = kwargs.get("attention_mask")
+    encodes = isinstance(kwargs.get("decoder_input_ids"), Tensor)
+    return mask if isinstance(mask, Tensor) and mask.dim() == 2 and not encodes else None
+
+
+def _is_contiguous(mask: Tensor) -> bool:
+    """Whether the real tokens of each row stand together, with at least one in each row."""
+    real = mask.bool()
+    starts = real[:, :1].sum(-1) + (real[:, 1:] & ~real[:, :-1]).sum(-1)
+    return bool((starts == 1).all())
 
 
 def _mark_dynamic(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -185,6 +271,8 @@ def _cache_tensors(value: Any) -> Iterator[Tensor]:
         for layer in value.layers:
             for name in ("keys", "values"):
                 yield from _cache_tensors(getattr(layer, name, None))
+            if getattr(layer, "gap", None) is not None:
+                torch._dynamo.maybe_mark_dynamic(layer.gap, 0)
     else:
         for part in ("self_attention_cache", "cross_attention_cache"):
             if hasattr(value, part):

@@ -31,9 +31,7 @@ class Reason(enum.Enum):
     )
     SLIDING_WINDOW = "none needed: a sliding-window cache is bounded already"
     SHARED_CACHE = "none: two attentions read one cache, and each would evict its own choice"
-    PADDING_MASK = (
-        "unpadded batches: pass no attention_mask (optimize drops a mask of ones by itself)"
-    )
+    PADDING_MASK = "use ckv_compile.optimize, which counts each row's tokens; or do not pad"
     ATTENTION_UNREADABLE = 'load the model with attn_implementation="sdpa" where it has that'
     MASK_UNREADABLE = "use is_causal=True, or a mask that compares key and query positions"
 
@@ -69,7 +67,7 @@ class AttentionSite:
 
     ``cache_key`` and ``cache_value`` are the nodes *before* ``repeat_kv``: ``[B, Hkv, K, D]``, what
     the cache holds. ``key_outputs`` and ``value_outputs`` are their positions in the graph's
-    output. ``q_len`` and ``kv_len`` may be symbolic.
+    output. ``q_len`` and ``kv_len`` may be symbolic. ``padding`` ``[B, K]`` is false at pads.
     """
 
     index: int
@@ -96,6 +94,7 @@ class AttentionSite:
     kv_len: Any
     phase: Phase
     mask_kind: str
+    padding: Node | None = None
 
     @property
     def num_key_value_groups(self) -> int:

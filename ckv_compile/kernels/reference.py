@@ -11,6 +11,8 @@ import math
 import torch
 from torch import Tensor
 
+from ..config import exact_share
+
 
 def window_attention(
     query: Tensor,
@@ -19,31 +21,32 @@ def window_attention(
     window_size: int,
     kernel_size: int,
     softcap: float | None = None,
+    real: Tensor | None = None,
 ) -> Tensor:
-    """SnapKV scores ``[B, Hkv, K]`` of the keys before the window; 0 in the window.
+    """SnapKV scores ``[B, Hkv, K]`` of the keys before the window; 0 in the window and in pads.
 
     Mean causal attention of the last ``window_size`` queries, max-pooled over the keys before the
     window (and over nothing else), then averaged over the heads of a group (arXiv 2404.14469).
+    ``real`` ``[B, K]`` is False at pads: each row is scored as if it were alone, without them.
     """
     batch, heads, _, head_dim = query.shape
     kv_heads, kv_len = key.shape[1], key.shape[2]
     groups = heads // kv_heads
     scale = 1 / math.sqrt(head_dim) if scale is None else scale
-    prefix = max(kv_len - window_size, 0)
     scores = torch.zeros(batch, kv_heads, kv_len)
-    if prefix == 0:
-        return scores
     for b in range(batch):
-        for h in range(heads):
-            logits = query[b, h, -window_size:].float() @ key[b, h // groups].float().T * scale
+        row = torch.arange(kv_len) if real is None else real[b].nonzero()[:, 0]
+        prefix = max(len(row) - window_size, 0)
+        for h in range(heads if prefix else 0):
+            logits = query[b, h, row[prefix:]].float() @ key[b, h // groups, row].float().T * scale
             if softcap is not None:
                 logits = (logits / softcap).tanh() * softcap
             for t in range(window_size):
-                logits[t, kv_len - window_size + t + 1 :] = -math.inf
+                logits[t, prefix + t + 1 :] = -math.inf
             attention = logits.softmax(-1).mean(0)[:prefix]
             for i in range(prefix):
                 low, high = max(i - kernel_size // 2, 0), i + kernel_size // 2 + 1
-                scores[b, h // groups, i] += attention[low:high].max() / groups
+                scores[b, h // groups, row[i]] += attention[low:high].max() / groups
     return scores
 
 
@@ -71,30 +74,35 @@ def select(
     window_size: int,
     first_stage_ratio: float,
     epsilon: float,
+    real: Tensor | None = None,
+    row_budgets: Tensor | None = None,
 ) -> Tensor:
     """Kept positions ``[B, Hkv, budget]``, ascending; two stages (arXiv 2502.03805, section 4).
 
     The window is kept by construction and counts. Stage 1 fills up to ``floor(ratio * budget)``
     entries by attention; stage 2 the rest by ``(attention + epsilon) * norm``. Without a norm the
     attention decides alone.
-    """
-    from fractions import Fraction
 
+    In a padded batch row ``b`` keeps ``row_budgets[b]`` of its ``real[b]`` positions, in its last
+    slots; the slots before them hold position 0 and mean nothing.
+    """
     batch, kv_heads, kv_len = base.shape
-    keep = torch.empty(batch, kv_heads, budget, dtype=torch.int64)
-    ratio = Fraction(str(first_stage_ratio))
+    keep = torch.zeros(batch, kv_heads, budget, dtype=torch.int64)
+    ratio = exact_share(first_stage_ratio)
     for b in range(batch):
+        row = list(range(kv_len)) if real is None else real[b].nonzero()[:, 0].tolist()
+        row_budget = budget if row_budgets is None else int(row_budgets[b])
+        prefix = max(len(row) - window_size, 0)
         for h in range(kv_heads):
-            kept = list(range(max(kv_len - window_size, 0), kv_len))
-            rest = list(range(max(kv_len - window_size, 0)))
+            kept, rest = row[prefix:], row[:prefix]
             scores = base[b, h].float()
-            first = budget if norm is None else math.floor(ratio * budget)
-            kept += best(scores.tolist(), rest, max(first - window_size, 0))
+            first = row_budget if norm is None else math.floor(ratio * row_budget)
+            kept = kept + best(scores.tolist(), rest, max(first - window_size, 0))
             if norm is not None:
                 second = (scores + epsilon) * norm[b, h].float()
                 left = [i for i in rest if i not in set(kept)]
-                kept += best(second.tolist(), left, budget - len(kept))
-            keep[b, h] = torch.tensor(sorted(kept)[-budget:])
+                kept = kept + best(second.tolist(), left, max(row_budget - len(kept), 0))
+            keep[b, h, budget - row_budget :] = torch.tensor(sorted(kept)[-row_budget:])
     return keep
 
 

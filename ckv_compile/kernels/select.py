@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from fractions import Fraction
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from ..config import exact_share
 
 
 def select(
@@ -16,6 +17,8 @@ def select(
     window_size: int,
     first_stage_ratio: float,
     epsilon: float,
+    real: Tensor | None = None,
+    row_budgets: Tensor | None = None,
 ) -> Tensor:
     """Twin of :func:`ckv_compile.kernels.reference.select`, ``budget`` int or SymInt.
 
@@ -23,47 +26,77 @@ def select(
         base: ``[B, Hkv, K]`` float32 attention scores; what they say of the window is not read.
         norm: ``[B, Hkv, K]`` float32 projected norms, or None for attention alone.
         budget: entries to keep, at most K.
+        real: ``[B, K]`` bool, False at pads; None for no pads.
+        row_budgets: ``[B]`` int64, entries that each row keeps of its real ones, at most
+            ``budget``; None for ``budget``.
 
     Returns:
         ``[B, Hkv, budget]`` int64, ascending: the window by construction, then stage 1 by
         attention, then stage 2 by ``(attention + epsilon) * norm``. Of equal scores the later
-        position stays, on every device. NaN counts as the lowest score.
+        position stays, on every device. NaN counts as the lowest score. A row that keeps fewer has
+        them in its last slots, and position 0 before.
     """
-    # floor(ratio * budget) in integers: a float product could land on the wrong side.
-    ratio = Fraction(str(first_stage_ratio))
-    first = ratio.numerator * budget // ratio.denominator
-    return torch.ops.ckv_compile.select(base, norm, budget, first, window_size, epsilon)
+    # As a fraction: a float product could land on the wrong side of floor(ratio * budget).
+    ratio = exact_share(first_stage_ratio)
+    return torch.ops.ckv_compile.select(
+        base, norm, budget, window_size, [ratio.numerator, ratio.denominator], epsilon, real,
+        row_budgets,
+    )  # fmt: skip
 
 
 # An op of ours, opaque to the compiler: its top-k are library calls in any case, and traced they
 # are thirty nodes in each layer, with guards on the length, for nothing to fuse.
 @torch.library.custom_op("ckv_compile::select", mutates_args=())
 def _select(
-    base: Tensor, norm: Tensor | None, budget: int, first: int, window_size: int, epsilon: float
+    base: Tensor,
+    norm: Tensor | None,
+    budget: int,
+    window_size: int,
+    ratio: list[int],
+    epsilon: float,
+    real: Tensor | None,
+    row_budgets: Tensor | None,
 ) -> Tensor:
-    kv_len = base.shape[2]
+    batch, _, kv_len = base.shape
     positions = torch.arange(kv_len, device=base.device)
-    chosen = positions >= kv_len - window_size
+    if real is None:
+        real = torch.ones(1, kv_len, dtype=torch.bool, device=base.device).expand(batch, -1)
+    if row_budgets is None:
+        row_budgets = torch.full((batch,), budget, device=base.device)
+    count = real.sum(-1, keepdim=True)
+    ranks = real.cumsum(-1) - 1
+    kept = (real & (ranks >= count - window_size))[:, None]  # [B, 1, K], the window
+    real, row_budgets = real[:, None], row_budgets[:, None, None]
     scores = base
     if norm is not None:
-        first = min(kv_len, max(first, window_size))
-        keys = _sort_keys(base, chosen, positions)
+        first = (ratio[0] * row_budgets // ratio[1]).clamp(min=window_size)
+        first = first.minimum(count[:, :, None])
+        keys = _sort_keys(base, kept, real, positions)
         # Keys are distinct, so the threshold lets exactly `first` of them through.
-        chosen = keys >= keys.topk(first, dim=-1).values[..., -1:]
+        ordered = keys.sort(dim=-1, descending=True).values
+        kept = keys >= ordered.gather(-1, (first - 1).expand(*base.shape[:2], 1))
         scores = (base + epsilon) * norm
-    best = _sort_keys(scores, chosen, positions).topk(budget, dim=-1, sorted=False).indices
-    return best.sort(dim=-1).values
+    best = _sort_keys(scores, kept, real, positions).topk(budget, dim=-1).indices
+    unused = torch.arange(budget, device=base.device) >= row_budgets
+    return best.masked_fill(unused, -1).sort(dim=-1).values.clamp(min=0)
 
 
 @_select.register_fake
 def _(
-    base: Tensor, norm: Tensor | None, budget: int, first: int, window_size: int, epsilon: float
+    base: Tensor,
+    norm: Tensor | None,
+    budget: int,
+    window_size: int,
+    ratio: list[int],
+    epsilon: float,
+    real: Tensor | None,
+    row_budgets: Tensor | None,
 ) -> Tensor:
     return base.new_empty((base.shape[0], base.shape[1], budget), dtype=torch.int64)
 
 
-def _sort_keys(scores: Tensor, chosen: Tensor, positions: Tensor) -> Tensor:
-    """Distinct int64 keys: the chosen first, then by score, of equals the later position.
+def _sort_keys(scores: Tensor, first: Tensor, real: Tensor, positions: Tensor) -> Tensor:
+    """Distinct int64 keys: ``first`` before all, then by score, pads last; of equals the later.
 
     The high half is the float's bit pattern, which orders like the float once negative numbers are
     flipped; the low half is the position. Any top-k of them is the same on every device.
@@ -72,5 +105,6 @@ def _sort_keys(scores: Tensor, chosen: Tensor, positions: Tensor) -> Tensor:
     finite = scores.nan_to_num(nan=low, posinf=high, neginf=low) + 0.0  # + 0.0 makes -0.0 a 0.0
     bits = finite.view(torch.int32).to(torch.int64)
     ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-    ordered = torch.where(chosen, 0x7FFFFFFF, ordered)
+    ordered = torch.where(first, 0x7FFFFFFF, ordered)
+    ordered = torch.where(real, ordered, -0x80000000)
     return ordered * (1 << 32) + positions

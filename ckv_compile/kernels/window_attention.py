@@ -17,6 +17,7 @@ def window_attention(
     window_size: int,
     kernel_size: int,
     softcap: Any = None,
+    real: Tensor | None = None,
 ) -> Tensor:
     """Twin of :func:`ckv_compile.kernels.reference.window_attention`, traceable.
 
@@ -25,35 +26,54 @@ def window_attention(
         key: ``[B, Hkv, K, D]`` with ``K == Q``: the causal prefill of a fresh cache.
         scale: SDPA's scale, None for ``1/sqrt(D)``.
         softcap: logits are ``softcap * tanh(logits / softcap)`` (Gemma 2), None for none.
+        real: ``[B, K]`` bool, False at pads; None for no pads.
 
     Returns:
-        ``[B, Hkv, K]`` float32; 0 where the window is. For ``K <= window_size`` there is no key to
-        score and the result only has to be finite.
+        ``[B, Hkv, K]`` float32; 0 where the window or a pad is. A row of at most ``window_size``
+        tokens has no key to score; there the result only has to be finite.
     """
     batch, heads, _, head_dim = query.shape
     kv_heads, kv_len = key.shape[1], key.shape[2]
     groups = heads // kv_heads
     scale = 1 / math.sqrt(head_dim) if scale is None else scale
     positions = torch.arange(kv_len, device=key.device)
+    window, prefix = _window(positions, window_size, real)
     # Gathered by index, not sliced: query[:, :, -w:] would add a guard K >= w, hence one graph for
     # short prompts and one for long ones.
-    window = (torch.arange(window_size, device=key.device) + (kv_len - window_size)).clamp(min=0)
-    rows = query.index_select(2, window).float() * scale  # [B, H, W, D]
+    index = window[:, None, :, None].expand(batch, heads, window_size, head_dim)
+    rows = query.gather(2, index).float() * scale  # [B, H, W, D]
     rows = rows.reshape(batch, kv_heads, groups * window_size, head_dim)
     logits = rows @ key.float().transpose(-1, -2)  # [B, Hkv, G*W, K]
     logits = logits.reshape(batch, heads, window_size, kv_len)
     if softcap is not None:
         logits = (logits / softcap).tanh() * softcap
-    hidden = positions > window[:, None]  # [W, K]
+    hidden = positions > window[:, None, :, None]  # [1 or B, 1, W, K]
+    if real is not None:
+        hidden = hidden | ~real[:, None, None]
     attention = _softmax(logits.masked_fill(hidden, -math.inf)).mean(2)  # [B, H, K]
-    in_window = positions >= kv_len - window_size
-    attention = attention.masked_fill(in_window, -math.inf)
+    attention = attention.masked_fill(~prefix, -math.inf)
     # max_pool1d specialises a symbolic length; the two-dimensional op does not. It pads with -inf.
     pooled = F.max_pool2d(
         attention[:, :, None], (1, kernel_size), stride=1, padding=(0, kernel_size // 2)
     )
-    scores = pooled.reshape(batch, kv_heads, groups, kv_len).mean(2)
-    return scores.masked_fill(in_window, 0.0)
+    pooled = pooled.reshape(batch, heads, kv_len).masked_fill(~prefix, 0.0)
+    return pooled.reshape(batch, kv_heads, groups, kv_len).mean(2)
+
+
+def _window(positions: Tensor, window_size: int, real: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Positions of the last queries ``[1 or B, W]``, and the keys before them ``[.., 1, K]``."""
+    kv_len = positions.shape[0]
+    steps = torch.arange(window_size, device=positions.device)
+    if real is None:
+        window = (steps + (kv_len - window_size)).clamp(min=0)[None]
+        return window, (positions < kv_len - window_size)[None, None]
+    ranks, count = real.cumsum(-1) - 1, real.sum(-1, keepdim=True)  # among the row's real tokens
+    pads = (~real).cumsum(-1) - 1 + count
+    by_rank = torch.empty_like(ranks).scatter(
+        1, torch.where(real, ranks, pads), positions.expand(ranks.shape)
+    )
+    window = by_rank.gather(1, (steps + (count - window_size)).clamp(min=0))
+    return window, (real & (ranks < count - window_size))[:, None]
 
 
 def _softmax(logits: Tensor) -> Tensor:

@@ -35,6 +35,7 @@ class ScoreInputs:
     scale: Any
     softcap: Any
     config: EvictionConfig
+    real: Tensor | None = None  # [B, K] bool, False at pads
 
     def window_attention(self) -> Tensor:
         """Pooled mean attention of the observation window, ``[B, Hkv, K]``."""
@@ -46,6 +47,7 @@ class ScoreInputs:
             config.window_size,
             config.kernel_size,
             self.softcap,
+            self.real,
         )
 
     def projected_norm(self) -> Tensor:

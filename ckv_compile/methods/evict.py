@@ -36,15 +36,22 @@ class EvictKV(nn.Module):
         scale: Any = None,
         softcap: Any = None,
         capacity: Tensor | None = None,
+        padding: Tensor | None = None,
+        row_budgets: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """``[B, Hkv, K, D]`` to ``[B, Hkv, budget, D]``; the size of ``capacity`` is the budget."""
+        """``[B, Hkv, K, D]`` to ``[B, Hkv, budget, D]``; the size of ``capacity`` is the budget.
+
+        ``padding`` ``[B, K]`` is false at pads; row ``b`` then keeps ``row_budgets[b]`` entries, in
+        its last slots.
+        """
         kv_len = key.shape[2]
         if capacity is None:
             budget = self.config.entries(kv_len)
         else:
             budget = torch.sym_min(capacity.shape[0], kv_len)
+        real = None if padding is None else padding.bool()
         inputs = ScoreInputs(
-            query, key, value, o_proj_weight, self.in_out, scale, softcap, self.config
+            query, key, value, o_proj_weight, self.in_out, scale, softcap, self.config, real
         )
         scores = METHODS[self.config.method](inputs)
         keep = select(
@@ -54,6 +61,8 @@ class EvictKV(nn.Module):
             self.config.window_size,
             self.config.first_stage_ratio,
             self.config.epsilon,
+            real,
+            row_budgets,
         )
         return compact(key, value, keep)
 

@@ -13,14 +13,17 @@ from torch.fx import GraphModule, Node
 
 from ..config import EvictionConfig
 from ..methods.evict import EvictKV
-from ..site import AttentionSite
+from ..site import AttentionSite, Reason, Rejection
 from . import vocabulary as vocab
 
 
 @torch.library.custom_op("ckv_compile::capacity", mutates_args=())
-def capacity_marker(capacity: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+def capacity_marker(
+    capacity: torch.Tensor, tokens: torch.Tensor, row_budgets: torch.Tensor | None = None
+) -> torch.Tensor:
     """Make ``capacity`` (empty, its size the budget for ``tokens``) an input of the traced graph.
 
+    ``row_budgets`` ``[B]`` are the budgets of the rows of a padded batch, None without padding.
     A budget that is an input costs no second compile when it changes. The pass takes the marker
     out again, so it never runs in a graph that we compile; elsewhere it does nothing.
     """
@@ -28,7 +31,9 @@ def capacity_marker(capacity: torch.Tensor, tokens: torch.Tensor) -> torch.Tenso
 
 
 @capacity_marker.register_fake
-def _(capacity: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+def _(
+    capacity: torch.Tensor, tokens: torch.Tensor, row_budgets: torch.Tensor | None = None
+) -> torch.Tensor:
     return capacity.new_empty(0)
 
 
@@ -38,6 +43,7 @@ class Capacity:
 
     node: Node
     tokens: Node
+    row_budgets: Node | None = None
 
     def fits(self, site: AttentionSite) -> bool:
         """Whether the site caches exactly the tokens that the budget counts."""
@@ -65,6 +71,25 @@ def take_capacity(gm: GraphModule) -> Capacity | None:
             found = Capacity(*node.args)
             gm.graph.erase_node(node)
     return found
+
+
+def without_padding(
+    sites: Sequence[AttentionSite], rejections: Sequence[Rejection], capacity: Capacity | None
+) -> tuple[tuple[AttentionSite, ...], tuple[Rejection, ...]]:
+    """Reject padded sites where nobody says how many entries each row keeps.
+
+    A cache that does not follow its rows would show pads to later tokens: wrong, silently.
+    """
+    counted = capacity is not None and capacity.row_budgets is not None
+    refused = [site for site in sites if site.padding is not None and not counted]
+    reasons = tuple(
+        Rejection(
+            site.sdpa, Reason.PADDING_MASK, f"mask {site.attn_mask} hides {site.padding}", site.name
+        )
+        for site in refused
+    )
+    left = tuple(site for site in sites if site not in refused)
+    return left, (*rejections, *reasons)
 
 
 def insert_eviction(
@@ -102,7 +127,8 @@ def _insert(
     args = (site.query, *kv, site.projection.weight, site.scale, site.softcap)
     if given:
         assert capacity is not None
-        args = (*args, capacity.node)  # type: ignore[assignment]
+        padded = () if site.padding is None else (site.padding, capacity.row_budgets)
+        args = (*args, capacity.node, *padded)
     graph = gm.graph
     with graph.inserting_after(site.projection.node):
         node = graph.call_module(name, args)

@@ -78,6 +78,7 @@ def _site_of(gm: GraphModule, attention: Attention, index: int, name: str) -> At
         detail = f"{heads} heads over {num_key_value_heads} K and {cache_value.shape[1]} V heads"
         raise _Refused(node, Reason.OPERANDS, detail)
     phase = _phase_of(q_len, kv_len)
+    mask_kind, padding = _mask_of(attention, q_len, kv_len, phase)
     for cached in (cache_key, cache_value):
         same = vocab.known(cached.shape[0] == batch) and vocab.known(cached.shape[2] == kv_len)
         # K and V of a later call carry the lengths of two cache tensors: two symbols.
@@ -108,7 +109,8 @@ def _site_of(gm: GraphModule, attention: Attention, index: int, name: str) -> At
         q_len=q_len,
         kv_len=kv_len,
         phase=phase,
-        mask_kind=_mask_kind_of(attention, q_len, kv_len, phase),
+        mask_kind=mask_kind,
+        padding=padding,
     )
 
 
@@ -209,25 +211,24 @@ def _checked_cache(
     return _Cached(node, outputs, shape)
 
 
-def _mask_kind_of(attention: Attention, q_len: Any, kv_len: Any, phase: Phase) -> str:
-    """The mask in a word. Only a prefill is evicted, so only there must it be understood."""
+def _mask_of(
+    attention: Attention, q_len: Any, kv_len: Any, phase: Phase
+) -> tuple[str, Node | None]:
+    """The mask in a word, and its padding. Only a prefill is evicted: only there it is read."""
     node, attn_mask = attention.output, attention.attn_mask
     if phase != "prefill":
-        return "none" if attn_mask is None else "tensor"
+        return ("none" if attn_mask is None else "tensor"), None
     if attn_mask is None:
         if attention.is_causal is not True:
             raise _Refused(node, Reason.NOT_CAUSAL, "every query sees every key")
-        return "is_causal"
+        return "is_causal", None
     if attention.is_causal is True or not isinstance(attn_mask, Node):
         detail = f"mask {attn_mask} with is_causal={attention.is_causal}"
         raise _Refused(node, Reason.MASK_UNREADABLE, detail)
     mask = read_mask(attn_mask, q_len, kv_len, additive=attention.additive)
     if isinstance(mask, str):
         raise _Refused(attn_mask, Reason.MASK_UNREADABLE, mask)
-    if mask.padding is not None:
-        detail = f"mask {attn_mask.name} hides the padding of {mask.padding.name}"
-        raise _Refused(attn_mask, Reason.PADDING_MASK, detail)
-    return "causal tensor"
+    return ("causal tensor" if mask.padding is None else "causal, padded"), mask.padding
 
 
 def _without_shared_caches(

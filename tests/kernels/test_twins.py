@@ -408,7 +408,9 @@ def test_the_custom_ops_keep_their_promises() -> None:
     tests = ("test_schema", "test_faketensor")
     for norms in (norm, None):
         torch.library.opcheck(
-            torch.ops.ckv_compile.select.default, (base, norms, 9, 4, 3, 1e-4), test_utils=tests
+            torch.ops.ckv_compile.select.default,
+            (base, norms, 9, 3, [1, 2], 1e-4, None, None),
+            test_utils=tests,
         )
     value, weight = torch.randn(2, 2, 20, 8), torch.randn(16, 32)
     torch.library.opcheck(

@@ -12,7 +12,9 @@ from capture import BATCH, HEAD_DIM, HEADS, HIDDEN, KV_HEADS, Q_LEN, attention, 
 from families import FAMILIES, prompt, tiny
 from transformers import DynamicCache
 
+from ckv_compile.config import EvictionConfig
 from ckv_compile.passes.match import match_sites
+from ckv_compile.passes.pipeline import rewrite
 from ckv_compile.site import Reason
 
 
@@ -99,12 +101,16 @@ def test_second_turn_is_a_continuation():
     assert {site.phase for site in match_sites(graph)[0]} == {"continuation"}
 
 
-def test_padding_mask_is_refused():
+def test_padding_is_read_from_the_mask_and_refused_where_rows_are_not_counted():
     """A plain cache cannot follow which of its entries were pads: wrong tokens, silently."""
     mask = torch.ones(2, 40, dtype=torch.long)
     graph = graph_of(tiny(), False, input_ids=prompt(40, 2), attention_mask=mask, use_cache=True)
     sites, rejections = match_sites(graph)
-    assert sites == () and {r.reason for r in rejections} == {Reason.PADDING_MASK}
+    assert rejections == () and {site.mask_kind for site in sites} == {"causal, padded"}
+    assert all("attention_mask" in site.padding.name for site in sites)
+    found = rewrite(graph, EvictionConfig(budget=0.5))
+    assert found.sites == () and found.inserted == ()
+    assert {r.reason for r in found.rejections} == {Reason.PADDING_MASK}
 
 
 def test_sliding_window_model_is_left_alone():

@@ -1,0 +1,185 @@
+"""Caches that know how many tokens they have seen, not only how many they hold.
+
+The only room that knows transformers; nobody imports it before transformers itself is loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+
+class EvictedLayer(DynamicLayer):
+    """A dense cache layer ``[B, Hkv, K, D]`` that remembers its logical length.
+
+    After an eviction it holds fewer entries than it has seen tokens: ``get_seq_length`` and all
+    positions count the tokens, ``get_mask_sizes`` gives what is held and where it stands, as
+    transformers' sliding-window layers do. Kept entries stay in temporal order.
+    """
+
+    def __init__(self, **_: Any) -> None:
+        super().__init__()
+        # Tokens seen and not held, plus 2, as the size of an empty tensor: Dynamo would compile
+        # the decode step once for each value of a plain int.
+        self.gap: Tensor | None = None
+        # [B, kept] bool, False where a shorter row of a padded batch keeps fewer entries.
+        self.valid: Tensor | None = None
+        self.kept = 0
+        self.prompt_len = 0
+
+    @property
+    def evicted(self) -> int:
+        """Tokens seen and no longer held."""
+        return 0 if self.gap is None else self.gap.shape[0] - 2
+
+    def get_seq_length(self) -> int:
+        """Tokens seen, held or not."""
+        held = super().get_seq_length()
+        return held if self.gap is None else held + self.gap.shape[0] - 2
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Keys that the next call attends to, and the position of the first of them."""
+        held = super().get_seq_length()
+        return held + query_length, (0 if self.gap is None else self.gap.shape[0] - 2)
+
+    def settle(self, prompt_len: int, gap: Tensor, valid: Tensor | None) -> None:
+        """Note what a prefill of ``prompt_len`` tokens has left."""
+        self.gap, self.valid, self.prompt_len = gap, valid, prompt_len
+        self.kept = self.keys.shape[-2]
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last tokens; those since the eviction alone, for the rest is incomplete.
+
+        Raises:
+            ValueError: more tokens than were added since the prompt was evicted.
+        """
+        added = 0 if self.keys is None else self.keys.shape[-2] - self.kept
+        if self.evicted and -tokens_to_remove > added:
+            raise ValueError(
+                f"crop({tokens_to_remove}) reaches into the evicted prompt: "
+                f"{added} tokens were added since, and only those can be removed"
+            )
+        super().crop(tokens_to_remove)
+        if self.keys is not None:
+            self.kept = min(self.kept, self.keys.shape[-2])
+
+    def reset(self) -> None:
+        super().reset()
+        self.gap = self.valid = None
+        self.kept = self.prompt_len = 0
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        if self.valid is not None:
+            self.valid = self.valid.index_select(0, beam_idx.to(self.valid.device))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        if self.valid is not None:
+            self.valid = self.valid.repeat_interleave(repeats, dim=0)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        if self.valid is not None:
+            self.valid = self.valid[indices]
+
+
+class EvictedCache(DynamicCache):
+    """A ``DynamicCache`` whose full-attention layers are :class:`EvictedLayer`.
+
+    ``optimize`` passes one in where the caller passes none, and turns the empty full-attention
+    layers of a caller's own ``DynamicCache`` into such layers.
+
+    Args:
+        config: of the model; without it layers are made as they are first used.
+    """
+
+    def __init__(self, config: Any = None, **kwargs: Any) -> None:
+        super().__init__(config=config, **kwargs)
+        adopt(self)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of storage that the keys and values of all layers hold."""
+        tensors = [t for layer in self.layers for t in _tensors(layer)]
+        return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+
+
+def _tensors(layer: Any) -> Iterator[Tensor]:
+    for name in ("keys", "values"):
+        tensor = getattr(layer, name, None)
+        if tensor is not None:
+            yield tensor
+
+
+def adopt(cache: Any) -> None:
+    """Give an empty ``DynamicCache`` layers that remember their logical length, in place."""
+    if not isinstance(cache, DynamicCache):
+        return
+    for i, layer in enumerate(cache.layers):
+        if type(layer) is DynamicLayer and not layer.is_initialized:
+            cache.layers[i] = EvictedLayer()
+    if cache.layer_class_to_replicate is DynamicLayer:
+        cache.layer_class_to_replicate = EvictedLayer
+
+
+def follows_rows(cache: Any) -> bool:
+    """Whether the cache's full-attention layers can hold rows of different lengths."""
+    made_later = getattr(cache, "layer_class_to_replicate", None) is EvictedLayer
+    return bool(evicted_layers(cache)) or made_later
+
+
+def evicted_layers(cache: Any) -> list[EvictedLayer]:
+    layers = cache.layers if isinstance(cache, Cache) else []
+    return [layer for layer in layers if isinstance(layer, EvictedLayer)]
+
+
+def settle(cache: Any, prompt_len: int, row_budgets: Tensor | None) -> None:
+    """After a fresh prefill: tell each layer how many tokens it has seen.
+
+    Args:
+        row_budgets: ``[B]`` entries that each row of a padded batch kept, in the last slots.
+    """
+    gaps: dict[int, Tensor] = {}
+    for layer in evicted_layers(cache):
+        if not layer.is_initialized:
+            continue
+        held = layer.keys.shape[-2]
+        # One tensor for all layers of a length: one input of the decode graph.
+        gap = gaps.setdefault(held, torch.empty(prompt_len - held + 2, 0))
+        valid = None
+        if row_budgets is not None and held < prompt_len:
+            slots = torch.arange(held, device=layer.keys.device)
+            valid = slots >= held - row_budgets[:, None].to(slots.device)
+        layer.settle(prompt_len, gap, valid)
+
+
+def physical_mask(cache: Any, attention_mask: Tensor) -> Tensor:
+    """The caller's 2-D mask over all tokens seen, made to fit what the cache holds.
+
+    transformers reads the columns from ``evicted`` on, one for each entry held: those of the kept
+    prompt say which slots a row really filled.
+    """
+    layer = next((one for one in evicted_layers(cache) if one.gap is not None), None)
+    if layer is None or not layer.evicted or attention_mask.shape[1] < layer.prompt_len:
+        return attention_mask
+    kept = attention_mask.new_ones(attention_mask.shape[0], layer.prompt_len)
+    if layer.valid is not None:
+        kept[:, layer.evicted :] = layer.valid.to(kept.dtype)
+    return torch.cat([kept, attention_mask[:, layer.prompt_len :]], dim=1)
+
+
+def cache_for(model: Any) -> EvictedCache | None:
+    """A new cache for a model that would make itself a ``DynamicCache``; None for any other."""
+    config = getattr(model, "config", None)
+    supports = getattr(model, "_supports_default_dynamic_cache", None)
+    if config is None or supports is None or not supports():
+        return None
+    if getattr(config, "is_encoder_decoder", False):
+        return None
+    return EvictedCache(config=config)

@@ -1,0 +1,257 @@
+"""Positions, padding and later turns over a cut cache: the oracle's tokens, row by row."""
+
+from __future__ import annotations
+
+import copy
+
+import eager
+import pytest
+import torch
+from families import prompt, tiny
+from transformers import DynamicCache
+
+import ckv_compile
+from ckv_compile import EvictedCache, EvictionConfig
+
+
+@pytest.fixture(scope="module")
+def model():
+    return ckv_compile.optimize(tiny(), 0.5, lowering="eager")
+
+
+@pytest.fixture
+def half(model):
+    return ckv_compile.optimize(model, 0.5, lowering="eager")
+
+
+def generated(model, ids, steps=8, **options):
+    options = {"max_new_tokens": steps, "do_sample": False, **options}
+    return model.generate(ids, return_dict_in_generate=True, **options)
+
+
+def oracle(ids, budget=0.5, steps=8):
+    return eager.generate(tiny(), ids, EvictionConfig(budget=budget), steps)
+
+
+# --- positions
+
+
+@torch.no_grad()
+def loop(model, ids, steps, cache=None):
+    """A hand-written loop that thinks of no positions."""
+    out = model(input_ids=ids, past_key_values=cache, use_cache=True)
+    logits = [out.logits[:, -1]]
+    for _ in range(steps - 1):
+        token = logits[-1].argmax(-1, keepdim=True)
+        out = model(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
+        logits.append(out.logits[:, -1])
+    return torch.stack(logits, 1), out.past_key_values
+
+
+@pytest.mark.parametrize("given", [None, DynamicCache, EvictedCache], ids=["none", "own", "ours"])
+def test_a_loop_without_position_ids_is_right(half, given):
+    """A cache that reports what it holds restarts RoPE there: fluent and wrong."""
+    ids = prompt(90, batch=2)
+    logits, cache = loop(half, ids, 6, given() if given else None)
+    torch.testing.assert_close(logits, oracle(ids, steps=6)[1])
+    assert cache.get_seq_length() == 95
+    assert cache.layers[0].keys.shape[2] == 45 + 5
+
+
+def test_nbytes_counts_what_is_held(half):
+    cache = EvictedCache(config=half.config)
+    with torch.no_grad():
+        half(input_ids=prompt(100), past_key_values=cache)
+    assert (
+        cache.nbytes == 2 * 2 * (2 * 50 * 16) * 4
+    )  # layers, K and V, heads x entries x D, float32
+
+
+def test_mask_sizes_place_what_is_held(half):
+    cache = EvictedCache(config=half.config)
+    with torch.no_grad():
+        half(input_ids=prompt(100), past_key_values=cache)
+    assert cache.get_seq_length() == cache.get_query_offset() == 100
+    assert cache.get_mask_sizes(3, 0) == (53, 50)
+
+
+# --- padding
+
+
+def padded(lengths, n, side, seed=0):
+    ids, mask = prompt(n, batch=len(lengths), seed=seed), torch.zeros(len(lengths), n).long()
+    for row, length in enumerate(lengths):
+        mask[row, n - length :] = 1 if side == "left" else mask[row, n - length :]
+        if side == "right":
+            mask[row, :length] = 1
+    return ids * mask, mask
+
+
+@pytest.mark.parametrize("lengths", [(50, 83, 90), (90, 20), (34, 33, 90), (90, 1)])
+@pytest.mark.parametrize("budget", [0.5, 40, 1.0])
+def test_a_padded_row_generates_what_it_generates_alone(model, lengths, budget):
+    """Others keep pads in place of tokens (31 of 64 entries of a left-padded batch)."""
+    ckv_compile.optimize(model, budget, lowering="eager")
+    ids, mask = padded(lengths, 90, "left")
+    out = generated(model, ids, attention_mask=mask)
+    for row, length in enumerate(lengths):
+        tokens, _ = oracle(ids[row : row + 1, 90 - length :], budget)
+        assert torch.equal(out.sequences[row, 90:], tokens[0]), (row, length)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_padded_row_keeps_the_tokens_it_keeps_alone(half, side):
+    """The kept entries, not only the tokens that follow: each is found in the row's own prefill."""
+    lengths = (50, 83, 90)
+    ids, mask = padded(lengths, 90, side)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    cache = DynamicCache()
+    with torch.no_grad():
+        half(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache)
+    for row, length in enumerate(lengths):
+        real = mask[row].bool()
+        _, alone = eager.prefill(tiny(), ids[row : row + 1, real], EvictionConfig(budget=0.5))
+        for layer, expected in zip(cache.layers, alone.layers, strict=True):
+            kept = EvictionConfig(budget=0.5).entries(length)
+            torch.testing.assert_close(layer.keys[row, :, -kept:], expected.keys[0])
+            torch.testing.assert_close(layer.values[row, :, -kept:], expected.values[0])
+
+
+def test_hostile_values_in_unused_slots_are_never_attended_to(half):
+    """A shorter row leaves slots over: what lies in them must not reach a softmax."""
+    ids, mask = padded((40, 90), 90, "left")
+    clean, dirty = DynamicCache(), DynamicCache()
+    step = torch.cat([mask, mask.new_ones(2, 1)], 1)
+    logits = []
+    with torch.no_grad():
+        for cache in (clean, dirty):
+            positions = (mask.cumsum(-1) - 1).clamp(min=0)
+            half(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache)
+            if cache is dirty:
+                for layer in cache.layers:
+                    layer.keys[0, :, :10] = layer.values[0, :, :10] = 1e4
+            at = mask.sum(-1, keepdim=True)
+            out = half(
+                input_ids=ids[:, -1:], attention_mask=step, position_ids=at, past_key_values=cache
+            )
+            logits.append(out.logits)
+    assert torch.equal(*logits)
+
+
+def test_a_mask_with_holes_runs_uncompiled_and_says_so(half):
+    """Tokens that are hidden in the middle of a row are no padding; nobody said what they are."""
+    ids = prompt(90, batch=2)
+    mask = torch.ones_like(ids)
+    mask[0, 30:40] = 0
+    with pytest.warns(UserWarning, match="holes"), torch.no_grad():
+        out = half(input_ids=ids, attention_mask=mask, use_cache=True)
+        expected = tiny()(input_ids=ids, attention_mask=mask, use_cache=True)
+    assert torch.equal(out.logits, expected.logits)
+    assert out.past_key_values.get_seq_length() == out.past_key_values.layers[0].keys.shape[2] == 90
+
+
+def test_padding_costs_two_graphs_for_all_lengths():
+    model = ckv_compile.optimize(tiny(), 0.5, lowering="eager")
+    for n in (70, 90, 120, 100):
+        ids, mask = padded((n // 2 + 10, n), n, "left", seed=n)
+        generated(model, ids, steps=3, attention_mask=mask)
+    assert ckv_compile.explain(model).graphs == 2
+
+
+# --- turns
+
+
+@pytest.mark.parametrize("given", [DynamicCache, EvictedCache])
+def test_second_turn_with_full_budget(model, given):
+    """generate slices a longer prompt by the cache's length: the logical one, or tokens repeat."""
+    ckv_compile.optimize(model, 1.0, lowering="eager")
+    sequences = []
+    for one in (tiny(), model):
+        cache = DynamicCache() if one is not model else given()
+        first = generated(one, prompt(60), 5, past_key_values=cache).sequences
+        longer = torch.cat([first, prompt(11, seed=5)], 1)
+        sequences.append(generated(one, longer, 5, past_key_values=cache).sequences)
+    assert torch.equal(*sequences)
+
+
+def test_second_turn_over_a_cut_cache(half):
+    """The cut cache, then eleven tokens at once: as the unmodified model over the same entries."""
+    ids, turn = prompt(90), prompt(11, seed=5)
+    _, cut = eager.prefill(tiny(), ids, EvictionConfig(budget=0.5))
+    positions = torch.arange(90, 101)[None]
+    # Positions of the held entries are lost to a plain cache: its mask is written out.
+    allowed = torch.ones(11, 45 + 11, dtype=torch.bool).tril(45)[None, None]
+    cache = EvictedCache()
+    with torch.no_grad():
+        expected = tiny()(
+            input_ids=turn, past_key_values=cut, position_ids=positions, attention_mask=allowed
+        )
+        half(input_ids=ids, past_key_values=cache)
+        out = half(input_ids=turn, past_key_values=cache)
+    torch.testing.assert_close(out.logits, expected.logits)
+    assert cache.get_seq_length() == 101 and cache.layers[0].keys.shape[2] == 56
+
+
+def test_several_questions_on_copies_of_one_context(half):
+    """A question must not spoil the cache for the next one."""
+    context, questions = prompt(90), [prompt(9, seed=s) for s in (1, 2, 1)]
+    cache = EvictedCache()
+    with torch.no_grad():
+        half(input_ids=context, past_key_values=cache)
+    answers = [
+        generated(half, torch.cat([context, q], 1), 5, past_key_values=copy.deepcopy(cache))
+        for q in questions
+    ]
+    first, second, again = (answer.sequences[:, 99:] for answer in answers)
+    assert torch.equal(first, again) and not torch.equal(first, second)
+    assert cache.get_seq_length() == 90 and cache.layers[0].keys.shape[2] == 45
+
+
+# --- the cache's own methods
+
+
+def test_crop_takes_back_the_tail_and_no_more(half):
+    cache = EvictedCache()
+    with torch.no_grad():
+        half(input_ids=prompt(90), past_key_values=cache)
+        before = [layer.keys.clone() for layer in cache.layers]
+        half(input_ids=prompt(7, seed=1), past_key_values=cache)
+    cache.crop(-7)
+    assert cache.get_seq_length() == 90
+    assert all(torch.equal(a.keys, b) for a, b in zip(cache.layers, before, strict=True))
+    with pytest.raises(ValueError, match="reaches into the evicted prompt"):
+        cache.crop(-1)
+
+
+def test_reset_forgets_the_eviction(half):
+    cache, ids = EvictedCache(), prompt(90)
+    with torch.no_grad():
+        expected = half(input_ids=ids, past_key_values=cache).logits
+        cache.reset()
+        assert cache.get_seq_length() == 0
+        assert torch.equal(half(input_ids=ids, past_key_values=cache).logits, expected)
+    assert cache.get_seq_length() == 90 and cache.layers[0].keys.shape[2] == 45
+
+
+def test_beams_of_a_padded_batch(model):
+    """Beams reorder the rows of the cache; with full budget they are the untouched model's."""
+    ckv_compile.optimize(model, 1.0, lowering="eager")
+    ids, mask = padded((50, 90), 90, "left")
+    options = {"attention_mask": mask, "num_beams": 3, "num_return_sequences": 2}
+    expected = generated(tiny(), ids, **options).sequences
+    assert torch.equal(generated(model, ids, **options).sequences, expected)
+
+
+def test_rows_follow_the_batch(half):
+    ids, mask = padded((40, 90), 90, "left")
+    cache = EvictedCache()
+    with torch.no_grad():
+        half(input_ids=ids, attention_mask=mask, past_key_values=cache)
+    layer = cache.layers[0]
+    assert layer.valid.sum(-1).tolist() == [33, 45]  # max(window + 1, 20) and 45
+    cache.reorder_cache(torch.tensor([1, 0]))
+    assert layer.valid.sum(-1).tolist() == [45, 33]
+    cache.batch_repeat_interleave(2)
+    assert layer.valid.sum(-1).tolist() == [45, 45, 33, 33]
+    cache.batch_select_indices(torch.tensor([3, 0]))
+    assert layer.valid.sum(-1).tolist() == [33, 45] and layer.keys.shape[0] == 2
