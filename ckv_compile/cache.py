@@ -29,7 +29,8 @@ class EvictedLayer(DynamicLayer):
         self.gap: Tensor | None = None
         # [B, kept] bool, False where a shorter row of a padded batch keeps fewer entries.
         self.valid: Tensor | None = None
-        self.kept = 0
+        # Entries before the observation window: here tokens are missing in between.
+        self.thinned = 0
         self.prompt_len = 0
 
     @property
@@ -47,31 +48,32 @@ class EvictedLayer(DynamicLayer):
         held = super().get_seq_length()
         return held + query_length, (0 if self.gap is None else self.gap.shape[0] - 2)
 
-    def settle(self, prompt_len: int, gap: Tensor, valid: Tensor | None) -> None:
-        """Note what a prefill of ``prompt_len`` tokens has left."""
+    def settle(self, prompt_len: int, window_size: int, gap: Tensor, valid: Tensor | None) -> None:
+        """Note what a prefill of ``prompt_len`` tokens has left, its window whole."""
         self.gap, self.valid, self.prompt_len = gap, valid, prompt_len
-        self.kept = self.keys.shape[-2]
+        self.thinned = max(self.keys.shape[-2] - window_size, 0)
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Remove the last tokens; those since the eviction alone, for the rest is incomplete.
+        """Remove the last tokens: those of the observation window and those since.
 
         Raises:
-            ValueError: more tokens than were added since the prompt was evicted.
+            ValueError: it would reach further back, where tokens are missing in between.
         """
-        added = 0 if self.keys is None else self.keys.shape[-2] - self.kept
-        if self.evicted and -tokens_to_remove > added:
+        whole = 0 if self.keys is None else self.keys.shape[-2] - self.thinned
+        if self.evicted and -tokens_to_remove > whole:
             raise ValueError(
-                f"crop({tokens_to_remove}) reaches into the evicted prompt: "
-                f"{added} tokens were added since, and only those can be removed"
+                f"crop({tokens_to_remove}) reaches into the evicted prompt: only the last {whole} "
+                f"tokens, its observation window and what came since, can be removed"
             )
         super().crop(tokens_to_remove)
-        if self.keys is not None:
-            self.kept = min(self.kept, self.keys.shape[-2])
+        if self.keys is not None and self.valid is not None:
+            self.valid = self.valid[:, : self.keys.shape[-2]]
+        self.prompt_len = min(self.prompt_len, self.get_seq_length())
 
     def reset(self) -> None:
         super().reset()
         self.gap = self.valid = None
-        self.kept = self.prompt_len = 0
+        self.thinned = self.prompt_len = 0
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)
@@ -139,10 +141,11 @@ def evicted_layers(cache: Any) -> list[EvictedLayer]:
     return [layer for layer in layers if isinstance(layer, EvictedLayer)]
 
 
-def settle(cache: Any, prompt_len: int, row_budgets: Tensor | None) -> None:
+def settle(cache: Any, prompt_len: int, window_size: int, row_budgets: Tensor | None) -> None:
     """After a fresh prefill: tell each layer how many tokens it has seen.
 
     Args:
+        window_size: the last tokens, all of which are held.
         row_budgets: ``[B]`` entries that each row of a padded batch kept, in the last slots.
     """
     gaps: dict[int, Tensor] = {}
@@ -156,7 +159,7 @@ def settle(cache: Any, prompt_len: int, row_budgets: Tensor | None) -> None:
         if row_budgets is not None and held < prompt_len:
             slots = torch.arange(held, device=layer.keys.device)
             valid = slots >= held - row_budgets[:, None].to(slots.device)
-        layer.settle(prompt_len, gap, valid)
+        layer.settle(prompt_len, window_size, gap, valid)
 
 
 def physical_mask(cache: Any, attention_mask: Tensor) -> Tensor:

@@ -133,7 +133,8 @@ class OptimizedForward:
             )
             return self.model._call_impl(*args, **kwargs)
         if plan is not None and cache is not None:
-            _cache_room().settle(cache, plan.tokens.shape[1], plan.row_budgets)
+            prompt_len, window_size = plan.tokens.shape[1], self.config.window_size
+            _cache_room().settle(cache, prompt_len, window_size, plan.row_budgets)
         self._check(self.region.reports[compiled_before:])
         return result
 

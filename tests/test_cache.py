@@ -211,6 +211,7 @@ def test_several_questions_on_copies_of_one_context(half):
 
 
 def test_crop_takes_back_the_tail_and_no_more(half):
+    """Behind the window tokens are missing: a crop there would not be the earlier state."""
     cache = EvictedCache()
     with torch.no_grad():
         half(input_ids=prompt(90), past_key_values=cache)
@@ -219,8 +220,10 @@ def test_crop_takes_back_the_tail_and_no_more(half):
     cache.crop(-7)
     assert cache.get_seq_length() == 90
     assert all(torch.equal(a.keys, b) for a, b in zip(cache.layers, before, strict=True))
-    with pytest.raises(ValueError, match="reaches into the evicted prompt"):
-        cache.crop(-1)
+    with pytest.raises(ValueError, match="only the last 32 tokens"):
+        cache.crop(-33)
+    cache.crop(-10)
+    assert cache.get_seq_length() == 80 and cache.layers[0].keys.shape[2] == 35
 
 
 def test_reset_forgets_the_eviction(half):
@@ -255,3 +258,45 @@ def test_rows_follow_the_batch(half):
     assert layer.valid.sum(-1).tolist() == [45, 45, 33, 33]
     cache.batch_select_indices(torch.tensor([3, 0]))
     assert layer.valid.sum(-1).tolist() == [33, 45] and layer.keys.shape[0] == 2
+
+
+# --- ways to generate
+
+
+def test_assisted_decoding_gives_the_greedy_tokens(model):
+    """Candidates are verified on the cache and cropped again, into the window of the first call."""
+    ckv_compile.optimize(model, 1.0, lowering="eager")
+    ids = prompt(30).repeat(1, 2)  # repetitions, so that the look-up finds candidates
+    expected = generated(tiny(), ids, 12).sequences
+    out = generated(model, ids, 12, prompt_lookup_num_tokens=4)
+    assert torch.equal(out.sequences, expected)
+
+
+def test_assisted_decoding_over_a_cut_cache_runs(half):
+    out = generated(half, prompt(45).repeat(1, 2), 12, prompt_lookup_num_tokens=4)
+    held = out.past_key_values.layers[0].keys.shape[2]
+    assert out.past_key_values.get_seq_length() - held in range(45, 48)
+
+
+def test_streaming_sees_every_token(half):
+    class Streamer:
+        def __init__(self):
+            self.tokens = []
+
+        def put(self, value):
+            self.tokens += value.flatten().tolist()
+
+        def end(self):
+            pass
+
+    streamer = Streamer()
+    out = generated(half, prompt(90), 6, streamer=streamer)
+    assert streamer.tokens == out.sequences[0].tolist()
+
+
+def test_static_cache_is_left_whole(half):
+    """Its empty slots are no tokens; compressing them is a known bug elsewhere."""
+    ids = prompt(60)
+    expected = generated(tiny(), ids, 5, cache_implementation="static").sequences
+    out = generated(half, ids, 5, cache_implementation="static")
+    assert torch.equal(out.sequences, expected)
