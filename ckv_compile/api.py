@@ -15,7 +15,7 @@ from .runtime import OptimizedForward, Region
 
 
 def optimize(
-    model: nn.Module, budget: float | int | str | Budget = 0.2, **options: Any
+    model: nn.Module, budget: float | int | str | Budget | None = None, **options: Any
 ) -> nn.Module:
     """Compile ``model`` in place so that every prefill leaves a cache cut to ``budget``.
 
@@ -24,7 +24,8 @@ def optimize(
 
     Args:
         model: a causal language model in eval mode, on any device.
-        budget: share, token count or expression in n, see :class:`ckv_compile.Budget`.
+        budget: share, token count or expression in n, see :class:`ckv_compile.Budget`; 0.2 if
+            none is given, which the first compile then says in the log.
         **options: the other fields of :class:`ckv_compile.EvictionConfig`.
 
     Returns:
@@ -35,9 +36,13 @@ def optimize(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}; optimize takes an nn.Module")
-    config = EvictionConfig.from_options({"budget": budget, **options})
+    given = {} if budget is None else {"budget": budget}
+    config = EvictionConfig.from_options({**given, **options})
     previous = _optimized(model)
-    region = previous.region if previous and _same_code(previous, config) else Region(model, config)
+    if previous is not None and _same_code(previous, config):
+        region = previous.region
+    else:
+        region = Region(model, config, default_budget=budget is None)
     model._compiled_call_impl = OptimizedForward(model, config, region)
     return model
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache
+from transformers import Cache, DynamicCache, EncoderDecoderCache
 from transformers.cache_utils import DynamicLayer
 
 
@@ -124,7 +124,7 @@ def adopt(cache: Any) -> None:
     if not isinstance(cache, DynamicCache):
         return
     for i, layer in enumerate(cache.layers):
-        if type(layer) is DynamicLayer and not layer.is_initialized:
+        if type(layer) is DynamicLayer and layer.get_seq_length() == 0:
             cache.layers[i] = EvictedLayer()
     if cache.layer_class_to_replicate is DynamicLayer:
         cache.layer_class_to_replicate = EvictedLayer
@@ -137,8 +137,7 @@ def follows_rows(cache: Any) -> bool:
 
 
 def evicted_layers(cache: Any) -> list[EvictedLayer]:
-    layers = cache.layers if isinstance(cache, Cache) else []
-    return [layer for layer in layers if isinstance(layer, EvictedLayer)]
+    return [layer for layer in cache.layers if isinstance(layer, EvictedLayer)]
 
 
 def settle(cache: Any, prompt_len: int, window_size: int, row_budgets: Tensor | None) -> None:
@@ -177,12 +176,19 @@ def physical_mask(cache: Any, attention_mask: Tensor) -> Tensor:
     return torch.cat([kept, attention_mask[:, layer.prompt_len :]], dim=1)
 
 
-def cache_for(model: Any) -> EvictedCache | None:
+def cache_for(model: Any) -> Cache | None:
     """A new cache for a model that would make itself a ``DynamicCache``; None for any other."""
     config = getattr(model, "config", None)
     supports = getattr(model, "_supports_default_dynamic_cache", None)
     if config is None or supports is None or not supports():
         return None
     if getattr(config, "is_encoder_decoder", False):
-        return None
+        return EncoderDecoderCache(EvictedCache(config=config), DynamicCache(config=config))
     return EvictedCache(config=config)
+
+
+def self_attention_of(cache: Any) -> Any:
+    """The part of a cache that grows by the decoder's tokens; None for what is no cache."""
+    if isinstance(cache, EncoderDecoderCache):
+        return cache.self_attention_cache
+    return cache if isinstance(cache, Cache) else None

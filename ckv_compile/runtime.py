@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import logging
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -13,12 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .backend import Compiled, compile_graph
+from .backend import Compiled, compile_graph, log_default_budget
 from .config import EvictionConfig
 from .passes import insert  # noqa: F401  registers the capacity marker
 from .report import NOTHING_MATCHED, Report, merged
-
-log = logging.getLogger("ckv_compile")
 
 # The tensors whose axis 1 counts tokens; the first one present says how long the prompt is.
 _TOKENS = ("decoder_input_ids", "decoder_inputs_embeds", "input_ids", "inputs_embeds")
@@ -33,12 +30,13 @@ _LENGTH_AXIS_1 = (*_TOKENS, *_MASKS, "position_ids", "token_type_ids")
 class Region:
     """One model under ``torch.compile``, and the reports of the graphs it was compiled to."""
 
-    def __init__(self, model: nn.Module, config: EvictionConfig) -> None:
-        self.config = config
+    def __init__(self, model: nn.Module, config: EvictionConfig, default_budget: bool) -> None:
         self.reports: list[Report] = []
 
         def backend(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Compiled:
             compiled, report = compile_graph(gm, example_inputs, config)
+            if default_budget and report.evicted and not self.reports:
+                log_default_budget()
             self.reports.append(report)
             return compiled
 
@@ -109,12 +107,19 @@ class OptimizedForward:
         tokens = _tokens_of(args, kwargs)
         cache = self._prepare_cache(kwargs)
         fresh = cache is None or cache.get_seq_length() == 0
-        mask = _prepare_mask(kwargs, cache, fresh)
+        mask = _prepare_mask(kwargs, self._decoder_mask, cache, fresh)
         if mask is not None and fresh and not _is_contiguous(mask):
             self._warn_once(
                 "holes",
                 "attention_mask has holes between real tokens: this call runs uncompiled and "
                 "evicts nothing",
+            )
+            return self.model._call_impl(*args, **kwargs)
+        if cache is not None and not isinstance(cache, _cache_room().DynamicCache):
+            self._warn_once(
+                "cache",
+                f"a {type(cache).__name__} cannot be cut: its calls run uncompiled; "
+                "pass an EvictedCache, a DynamicCache or none",
             )
             return self.model._call_impl(*args, **kwargs)
         # Without layers that remember their rows, a padded batch must keep its whole cache.
@@ -138,6 +143,13 @@ class OptimizedForward:
         self._check(self.region.reports[compiled_before:])
         return result
 
+    @property
+    def _decoder_mask(self) -> str:
+        """The mask over the tokens that are cached; an encoder's is none of ours."""
+        config = getattr(self.model, "config", None)
+        encodes = getattr(config, "is_encoder_decoder", False)
+        return "decoder_attention_mask" if encodes else "attention_mask"
+
     def _prepare_cache(self, kwargs: dict[str, Any]) -> Any:
         """The caller's transformers cache, made to remember logical lengths; a new one for none."""
         room = _cache_room()
@@ -149,9 +161,9 @@ class OptimizedForward:
             used = kwargs.get("use_cache")
             if used if used is not None else getattr(config, "use_cache", False):
                 cache = kwargs["past_key_values"] = room.cache_for(self.model)
-        elif isinstance(cache, room.Cache):
-            room.adopt(cache)
-        return cache if isinstance(cache, room.Cache) else None
+        cache = room.self_attention_of(cache)
+        room.adopt(cache)
+        return cache
 
     def _plan(self, tokens: Tensor | None, mask: Tensor | None) -> Plan | None:
         if tokens is None or tokens.shape[1] == 1:
@@ -216,8 +228,10 @@ def _cache_room() -> Any:
     return cache
 
 
-def _prepare_mask(kwargs: dict[str, Any], cache: Any, fresh: bool) -> Tensor | None:
-    """Drop masks that hide nothing, fit others to the cache; returns a decoder's padding mask.
+def _prepare_mask(
+    kwargs: dict[str, Any], decoder_mask: str, cache: Any, fresh: bool
+) -> Tensor | None:
+    """Drop masks that hide nothing, fit the decoder's to the cache; returns that one if it hides.
 
     A 2-D mask of ones costs a ``[Q, K]`` tensor in the graph and says nothing.
     """
@@ -225,13 +239,12 @@ def _prepare_mask(kwargs: dict[str, Any], cache: Any, fresh: bool) -> Tensor | N
         mask = kwargs.get(name)
         if not isinstance(mask, Tensor) or mask.dim() != 2:
             continue
-        if not fresh and cache is not None:
+        if name == decoder_mask and not fresh and cache is not None:
             mask = kwargs[name] = _cache_room().physical_mask(cache, mask)
         if bool((mask == 1).all()):
             kwargs[name] = None
-    mask = kwargs.get("attention_mask")
-    encodes = isinstance(kwargs.get("decoder_input_ids"), Tensor)
-    return mask if isinstance(mask, Tensor) and mask.dim() == 2 and not encodes else None
+    mask = kwargs.get(decoder_mask)
+    return mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
 
 def _is_contiguous(mask: Tensor) -> bool:

@@ -13,6 +13,8 @@ from pydoc_data.topics import topics
 from typing import Any, NoReturn
 
 import torch
+from huggingface_hub.utils import logging as hub_logging
+from rich import box
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -97,6 +99,7 @@ def main() -> None:
     stage = Stages(console)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    hub_logging.set_verbosity_error()
     name = args.model or "SmolLM2-135M-Instruct"
     with _one_line(parser, f"cannot load {name}"), stage(f"load {name}"):
         model, tokenizer = _load(args.model)
@@ -121,7 +124,7 @@ def main() -> None:
                 compiling += time.perf_counter() - start
         with stage(f"answer with budget {budget}"):
             rows.append(_cells(budget, ask(), full, _matched(model)))
-    console.print(_table(rows))
+    console.print(_table(rows, full.prompt_tokens, console.width))
     for line in _notes(model, inputs, compiling):
         console.print(line)
 
@@ -247,7 +250,6 @@ def _cells(budget: str, run: Run, full: Run, matched: str) -> tuple[str, ...]:
         budget,
         run.answer,
         "yes" if CODE in run.answer else "no",
-        f"{run.prompt_tokens:,}",
         f"{run.entries:,}",
         f"{full.bytes:,} -> {run.bytes:,}" if run is not full else f"{full.bytes:,}",
         f"{run.prefill:.2f}",
@@ -256,16 +258,19 @@ def _cells(budget: str, run: Run, full: Run, matched: str) -> tuple[str, ...]:
     )
 
 
-def _table(rows: list[tuple[str, ...]]) -> Table:
-    table = Table(title=QUESTION, title_justify="left")
-    table.add_column("budget")
-    table.add_column("answer", overflow="fold", ratio=1)
-    for name in ("right?", "prompt\ntokens", "entries\nper head", "cache bytes\nafter prefill"):
-        table.add_column(name, justify="right")
-    for name in ("prefill\ns", "ms per\ntoken", "sites\nmatched"):
-        table.add_column(name, justify="right")
+def _table(rows: list[tuple[str, ...]], prompt_tokens: int, width: int) -> Table:
+    narrow = width < 100
+    title = f"{prompt_tokens:,} tokens, then: {QUESTION}"
+    table = Table(
+        title=title, title_justify="left", box=box.SIMPLE_HEAD if narrow else box.HEAVY_HEAD
+    )
+    table.add_column("budget", no_wrap=True)
+    table.add_column("answer", overflow="fold")
+    sizes = ("right?", "entries\nper head", "cache bytes\nafter prefill")
+    for name in (*sizes, "prefill\ns", "ms per\ntoken", "sites\nmatched"):
+        table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*(cell.replace(" -> ", "\n-> ") if narrow else cell for cell in row))
     return table
 
 

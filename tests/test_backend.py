@@ -50,11 +50,19 @@ def test_entry_point_needs_no_import_of_ours():
     assert "criticalkv" in torch._dynamo.list_backends()
 
 
+def test_optimize_without_a_budget_says_it_once(caplog):
+    model = ckv_compile.optimize(tiny(), lowering="eager")
+    with caplog.at_level(logging.INFO, logger="ckv_compile"), torch.no_grad():
+        for n in (60, 80):
+            model(input_ids=prompt(n), use_cache=True)
+    assert caplog.text.count("no budget was given: it is 0.2") == 1
+
+
 def test_without_options_the_budget_is_a_fifth_and_said(caplog):
     with caplog.at_level(logging.INFO, logger="ckv_compile"):
         _, key, _ = sorted(run_compiled(None), key=lambda x: x.dim())
     assert key.shape[2] == 33  # max(window + 1, 80 / 5)
-    assert "the budget is 0.2" in caplog.text
+    assert "no budget was given: it is 0.2" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,12 @@ import eager
 import pytest
 import torch
 from families import prompt, tiny
-from transformers import DynamicCache
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    DynamicCache,
+    EncoderDecoderCache,
+)
 
 import ckv_compile
 from ckv_compile import EvictedCache, EvictionConfig
@@ -298,5 +303,49 @@ def test_static_cache_is_left_whole(half):
     """Its empty slots are no tokens; compressing them is a known bug elsewhere."""
     ids = prompt(60)
     expected = generated(tiny(), ids, 5, cache_implementation="static").sequences
-    out = generated(half, ids, 5, cache_implementation="static")
+    half._compiled_call_impl.warned.discard("cache")
+    with pytest.warns(UserWarning, match="a StaticCache cannot be cut"):
+        out = generated(half, ids, 5, cache_implementation="static")
     assert torch.equal(out.sequences, expected)
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["none", "own"])
+def test_encoder_decoder_positions_count_what_the_decoder_has_seen(given):
+    """BART takes its positions from the cache: after a cut they must not start over."""
+    config = BartConfig(
+        d_model=64, encoder_layers=1, decoder_layers=2, encoder_attention_heads=4,
+        decoder_attention_heads=4, encoder_ffn_dim=64, decoder_ffn_dim=64, vocab_size=96,
+        max_position_embeddings=256, pad_token_id=0, bos_token_id=1, eos_token_id=None,
+        decoder_start_token_id=1, forced_eos_token_id=None,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    bart = BartForConditionalGeneration(config).eval()
+    plain = copy.deepcopy(bart)
+    ckv_compile.optimize(bart, 0.5, lowering="eager")
+    encoded = plain.get_encoder()(prompt(20))
+    start, token = prompt(80, seed=1), prompt(1, seed=2)
+    with torch.no_grad():
+        cache = EncoderDecoderCache(DynamicCache(), DynamicCache()) if given else None
+        # The encoder's own mask is padded, as long as no decoder's would be.
+        mask = torch.ones(1, 20).long()
+        mask[0, 12:] = 0
+        inputs = {"encoder_outputs": encoded, "attention_mask": mask, "use_cache": True}
+        out = bart(decoder_input_ids=start, past_key_values=cache, **inputs)
+        cache = out.past_key_values
+        held = [layer.keys.clone() for layer in cache.self_attention_cache.layers]
+        assert {k.shape[2] for k in held} == {40} and cache.get_seq_length() == 80
+        assert cache.cross_attention_cache.layers[0].keys.shape[2] == 20
+        logits = bart(decoder_input_ids=token, past_key_values=cache, **inputs).logits
+
+        # The same step by hand: the kept entries are found in the plain model's own prefill.
+        oracle = EncoderDecoderCache(DynamicCache(), DynamicCache())
+        plain(decoder_input_ids=start, past_key_values=oracle, **inputs)
+        for layer, keys in zip(oracle.self_attention_cache.layers, held, strict=True):
+            same = (layer.keys[:, :, None] == keys[:, :, :, None]).all(-1)
+            index = same.int().argmax(-1)[..., None].expand_as(keys)
+            layer.keys, layer.values = layer.keys.gather(2, index), layer.values.gather(2, index)
+        # BART's own arithmetic would take position 40; its table is shifted to where 80 is.
+        table = plain.model.decoder.embed_positions.weight
+        table.data = table.data.roll(-40, 0)
+        expected = plain(decoder_input_ids=token, past_key_values=oracle, **inputs).logits
+    torch.testing.assert_close(logits, expected)
