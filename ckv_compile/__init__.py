@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from .api import explain, optimize, restore
+from .api import compress, explain, optimize, restore
 from .config import Budget, EvictionConfig
 from .report import Report
 from .site import AttentionSite, Projection, Reason, Rejection
@@ -18,6 +18,7 @@ __all__ = [
     "Reason",
     "Rejection",
     "Report",
+    "compress",
     "explain",
     "optimize",
     "restore",

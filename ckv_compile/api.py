@@ -1,17 +1,21 @@
-"""The public verbs: optimize, restore, explain."""
+"""The public verbs: optimize, restore, explain, compress."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+import inspect
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .backend import Compiled, compile_graph
 from .config import Budget, EvictionConfig
 from .report import Report, merged
 from .runtime import OptimizedForward, Region
+
+if TYPE_CHECKING:
+    from .cache import EvictedCache
 
 
 def optimize(
@@ -91,6 +95,43 @@ def explain(
     with torch.no_grad():
         traced(*args, **inputs)
     return merged(reports, config)
+
+
+def compress(
+    model: nn.Module, context_ids: Tensor, attention_mask: Tensor | None = None
+) -> EvictedCache:
+    """Read a context once and keep its cut cache, before any question is known.
+
+    Answer each question on a copy, or crop the answer off again::
+
+        cache = ckv_compile.compress(model, context_ids)
+        ids = torch.cat([context_ids, question_ids], dim=1)
+        model.generate(ids, past_key_values=copy.deepcopy(cache))
+
+    Args:
+        model: an optimised transformers model.
+        context_ids: ``[B, n]`` token ids.
+        attention_mask: ``[B, n]``, 0 at pads; needed for a padded batch alone.
+
+    Raises:
+        ValueError: the model is not optimised, or makes no cache that can be cut.
+    """
+    optimized = _optimized(model)
+    if optimized is None:
+        raise ValueError("the model is not optimised; call ckv_compile.optimize(model) first")
+    from . import cache as room
+
+    cache = room.cache_for(model)
+    if not isinstance(cache, room.EvictedCache):
+        raise ValueError(f"a {type(model).__name__} makes no cache that can be cut on its own")
+    inputs = {"input_ids": context_ids, "attention_mask": attention_mask}
+    # Of the logits, which nobody reads, one row is enough.
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        inputs["logits_to_keep"] = 1
+    with torch.no_grad():
+        model(**inputs, past_key_values=cache, use_cache=True)
+    cache.fingerprint = room.fingerprint_of(model)
+    return cache
 
 
 def _optimized(model: nn.Module) -> OptimizedForward | None:

@@ -5,13 +5,20 @@ The only room that knows transformers; nobody imports it before transformers its
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
 from collections.abc import Iterator
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import Cache, DynamicCache, EncoderDecoderCache
 from transformers.cache_utils import DynamicLayer
+
+_FORMAT, _VERSION = "ckv_compile.EvictedCache", 1
 
 
 class EvictedLayer(DynamicLayer):
@@ -104,12 +111,118 @@ class EvictedCache(DynamicCache):
     def __init__(self, config: Any = None, **kwargs: Any) -> None:
         super().__init__(config=config, **kwargs)
         adopt(self)
+        # Of the model that filled the cache; ``compress`` notes it, ``load`` compares it.
+        self.fingerprint = ""
 
     @property
     def nbytes(self) -> int:
         """Bytes of storage that the keys and values of all layers hold."""
         tensors = [t for layer in self.layers for t in _tensors(layer)]
         return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the cache to one safetensors file.
+
+        Raises:
+            ValueError: the cache is empty, or has layers of another kind (sliding windows, say).
+        """
+        for i, layer in enumerate(self.layers):
+            if not isinstance(layer, EvictedLayer):
+                raise ValueError(f"layer {i} is a {type(layer).__name__}, which cannot be saved")
+        if not self.layers or not all(layer.is_initialized for layer in self.layers):
+            raise ValueError("the cache is empty: there is nothing to save")
+        tensors = {}
+        states = []
+        for i, layer in enumerate(self.layers):
+            for name in ("keys", "values", "valid"):
+                tensor = getattr(layer, name)
+                if tensor is not None:
+                    tensors[f"{i}.{name}"] = tensor.contiguous()
+            states.append([layer.evicted, layer.thinned, layer.prompt_len])
+        metadata = {
+            "format": _FORMAT,
+            "version": str(_VERSION),
+            "fingerprint": self.fingerprint,
+            "layers": json.dumps(states),
+        }
+        # Written beside and renamed: an interrupted save leaves the old file whole.
+        partial = f"{os.fspath(path)}.partial"
+        save_file(tensors, partial, metadata)
+        os.replace(partial, path)
+
+    @classmethod
+    def load(
+        cls, path: str | os.PathLike[str], model: Any = None, device: str = "cpu"
+    ) -> EvictedCache:
+        """Read a cache that ``save`` wrote.
+
+        Args:
+            model: if given, it must be the one that filled the cache.
+            device: where the tensors go.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is damaged, of another kind or version, or of another model.
+        """
+        where = os.fspath(path)
+        if not os.path.exists(where):
+            raise FileNotFoundError(f"{where}: no such cache file")
+        try:
+            with safe_open(where, "pt", device=device) as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise ValueError(f"{where}: not a whole safetensors file ({error})") from None
+        if metadata.get("format") != _FORMAT:
+            raise ValueError(f"{where}: not a cache of ckv_compile")
+        if metadata.get("version") != str(_VERSION):
+            raise ValueError(
+                f"{where}: cache format {metadata.get('version')}, this is version {_VERSION}"
+            )
+        if model is not None and metadata["fingerprint"] != fingerprint_of(model):
+            raise ValueError(f"{where}: the cache was filled by another model or other weights")
+        cache = cls()
+        cache.fingerprint = metadata["fingerprint"]
+        cache.layers = [
+            _loaded_layer(where, i, state, tensors)
+            for i, state in enumerate(json.loads(metadata["layers"]))
+        ]
+        _share_gaps(cache)
+        return cache
+
+
+def fingerprint_of(model: Any) -> str:
+    """A hash of the names, shapes, dtypes and first values of a model's parameters."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+        values = parameter.detach().flatten()[:8].float().cpu()
+        digest.update(values.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _loaded_layer(
+    where: str, index: int, state: list[int], tensors: dict[str, Tensor]
+) -> EvictedLayer:
+    keys, values = (tensors.get(f"{index}.{name}") for name in ("keys", "values"))
+    evicted, thinned, prompt_len = state
+    if keys is None or values is None or keys.dim() != 4 or keys.shape[:3] != values.shape[:3]:
+        raise ValueError(f"{where}: layer {index} has no matching keys and values")
+    layer = EvictedLayer()
+    layer.lazy_initialization(keys, values)
+    layer.keys, layer.values, layer.valid = keys, values, tensors.get(f"{index}.valid")
+    layer.gap = torch.empty(evicted + 2, 0)
+    layer.thinned, layer.prompt_len = thinned, prompt_len
+    if layer.valid is not None and layer.valid.shape[0] != keys.shape[0]:
+        raise ValueError(f"{where}: layer {index} has rows that do not match")
+    return layer
+
+
+def _share_gaps(cache: EvictedCache) -> None:
+    """One tensor for all layers that miss as many tokens: one input of the decode graph."""
+    gaps: dict[int, Tensor] = {}
+    for layer in cache.layers:
+        layer.gap = gaps.setdefault(layer.evicted, layer.gap)
 
 
 def _tensors(layer: Any) -> Iterator[Tensor]:

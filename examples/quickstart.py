@@ -9,7 +9,7 @@ import ckv_compile
 model, tokenizer = load()
 ckv_compile.optimize(model, budget=0.2)
 
-question = topics["with"] + "\n\nIn one sentence: what does the with statement do?"
+question = topics["naming"] + "\n\nIn one sentence: what is a namespace?"
 inputs = tokenizer.apply_chat_template(
     [{"role": "user", "content": question}],
     add_generation_prompt=True, return_tensors="pt", return_dict=True,

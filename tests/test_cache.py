@@ -8,6 +8,7 @@ import eager
 import pytest
 import torch
 from families import prompt, tiny
+from safetensors.torch import save_file
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
@@ -210,6 +211,80 @@ def test_several_questions_on_copies_of_one_context(half):
     first, second, again = (answer.sequences[:, 99:] for answer in answers)
     assert torch.equal(first, again) and not torch.equal(first, second)
     assert cache.get_seq_length() == 90 and cache.layers[0].keys.shape[2] == 45
+
+
+# --- compressing a context, keeping it
+
+
+@pytest.fixture(scope="module")
+def compressed(model):
+    ckv_compile.optimize(model, 0.5, lowering="eager")
+    return ckv_compile.compress(model, prompt(90))
+
+
+def answer(model, cache):
+    ids = torch.cat([prompt(90), prompt(9, seed=1)], 1)
+    return generated(model, ids, 5, past_key_values=copy.deepcopy(cache)).sequences
+
+
+def test_compress_keeps_what_the_oracle_keeps(compressed):
+    _, expected = eager.prefill(tiny(), prompt(90), EvictionConfig(budget=0.5))
+    for layer, oracle in zip(compressed.layers, expected.layers, strict=True):
+        torch.testing.assert_close(layer.keys, oracle.keys)
+    assert compressed.get_seq_length() == 90
+
+
+def test_a_saved_cache_answers_as_before(half, compressed, tmp_path):
+    compressed.save(tmp_path / "context.safetensors")
+    loaded = EvictedCache.load(tmp_path / "context.safetensors", model=half)
+    assert torch.equal(answer(half, loaded), answer(half, compressed))
+    assert loaded.nbytes == compressed.nbytes and loaded.get_seq_length() == 90
+    with pytest.raises(ValueError, match="only the last 32 tokens"):
+        loaded.crop(-33)
+
+
+def test_a_padded_cache_is_saved_with_its_rows(half, tmp_path):
+    ids, mask = padded((40, 90), 90, "left")
+    cache = ckv_compile.compress(half, ids, mask)
+    cache.save(tmp_path / "rows.safetensors")
+    loaded = EvictedCache.load(tmp_path / "rows.safetensors")
+    assert all(
+        torch.equal(a.valid, b.valid) for a, b in zip(loaded.layers, cache.layers, strict=True)
+    )
+
+
+def test_bad_cache_files_say_what_is_wrong(half, compressed, tmp_path):
+    """A foreign cache answers fluently and wrong; it must not load."""
+    path = tmp_path / "context.safetensors"
+    compressed.save(path)
+    other = tiny()
+    with torch.no_grad():
+        other.lm_head.weight[0] += 1
+    with pytest.raises(ValueError, match="another model"):
+        EvictedCache.load(path, model=other)
+    with pytest.raises(FileNotFoundError, match="no such cache file"):
+        EvictedCache.load(tmp_path / "missing")
+    (tmp_path / "cut").write_bytes(path.read_bytes()[:200])
+    with pytest.raises(ValueError, match="not a whole safetensors file"):
+        EvictedCache.load(tmp_path / "cut")
+    save_file({"x": torch.ones(2)}, tmp_path / "foreign")
+    with pytest.raises(ValueError, match="not a cache of ckv_compile"):
+        EvictedCache.load(tmp_path / "foreign")
+    tensors, states = {"0.keys": torch.ones(1, 2, 3, 4)}, "[[5, 0, 8]]"
+    marks = {"format": "ckv_compile.EvictedCache", "fingerprint": "", "layers": states}
+    save_file(tensors, tmp_path / "future", {**marks, "version": "99"})
+    with pytest.raises(ValueError, match="cache format 99"):
+        EvictedCache.load(tmp_path / "future")
+    save_file(tensors, tmp_path / "half", {**marks, "version": "1"})
+    with pytest.raises(ValueError, match="layer 0 has no matching keys and values"):
+        EvictedCache.load(tmp_path / "half")
+    with pytest.raises(ValueError, match="empty"):
+        EvictedCache().save(tmp_path / "empty")
+
+
+def test_compress_needs_an_optimised_model():
+    with pytest.raises(ValueError, match="optimize"):
+        ckv_compile.compress(tiny(), prompt(40))
 
 
 # --- the cache's own methods

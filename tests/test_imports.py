@@ -24,7 +24,7 @@ ARROWS = {
     "backend": {"passes", "methods", "report", "site", "config"},
     "cache": {"kernels", "config"},
     "runtime": {"cache", "backend", "passes", "report", "config"},
-    "api": {"runtime", "backend", "report", "config"},
+    "api": {"runtime", "cache", "backend", "report", "config"},
     "__init__": {"api", "cache", "report", "site", "config"},
 }
 # Outside knowledge that is one room's alone.
