@@ -17,8 +17,10 @@ venv: .venv/.installed  ## make .venv with the package and what its tests need
 	$(BIN)/pip install -c constraints.txt -e '.[test,eval]'
 	touch $@
 
+# Two processes of one thread each: tracing keeps a core busy, and tensors here are tiny. A file
+# stays in one process, for its compiled models are shared.
 test: venv  ## run the fast tests; ARGS go to pytest
-	$(BIN)/pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile $(ARGS)
 
 test-slow: .venv/.smollm2  ## run the slow tests, minutes each
 	$(BIN)/pytest -m slow $(ARGS)

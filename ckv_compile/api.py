@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .backend import Compiled, compile_graph
 from .config import Budget, EvictionConfig
-from .report import Report, merged
+from .report import Report
 from .runtime import OptimizedForward, Region
 
 if TYPE_CHECKING:
@@ -84,17 +83,11 @@ def explain(
     if config is None:
         config = optimized.config if optimized else EvictionConfig()
     config = dataclasses.replace(config, lowering="eager")
-    reports: list[Report] = []
-
-    def backend(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Compiled:
-        compiled, found = compile_graph(gm, example_inputs, config, training=model.training)
-        reports.append(found)
-        return compiled
-
-    traced = torch.compile(model._call_impl, backend=backend, isolate_recompiles=True)
+    # What optimize would put in front of the model, so that masks and caches are read alike.
+    traced = OptimizedForward(model, config, Region(model, config))
     with torch.no_grad():
-        traced(*args, **inputs)
-    return merged(reports, config)
+        traced.run(*args, **inputs)
+    return traced.report
 
 
 def compress(

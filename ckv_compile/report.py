@@ -32,6 +32,11 @@ class SiteRow:
     bytes_before: int
     bytes_after: int
 
+    def at(self, budget: int) -> SiteRow:
+        """The same call, had it kept ``budget`` entries."""
+        after = self.bytes_before // self.kv_len * budget
+        return dataclasses.replace(self, budget=budget, bytes_after=after)
+
 
 @dataclasses.dataclass(frozen=True)
 class RejectionRow:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import inspect
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -30,11 +31,14 @@ _LENGTH_AXIS_1 = (*_TOKENS, *_MASKS, "position_ids", "token_type_ids")
 class Region:
     """One model under ``torch.compile``, and the reports of the graphs it was compiled to."""
 
-    def __init__(self, model: nn.Module, config: EvictionConfig, default_budget: bool) -> None:
+    def __init__(
+        self, model: nn.Module, config: EvictionConfig, *, default_budget: bool = False
+    ) -> None:
+        self.config = config
         self.reports: list[Report] = []
 
         def backend(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Compiled:
-            compiled, report = compile_graph(gm, example_inputs, config)
+            compiled, report = compile_graph(gm, example_inputs, config, training=model.training)
             if default_budget and report.evicted and not self.reports:
                 log_default_budget()
             self.reports.append(report)
@@ -58,7 +62,9 @@ def _region(self: nn.Module) -> Callable[..., Any]:
     # The closure holds the model as "self", so that the paths in a report start inside it.
     def forward(plan: Plan | None, args: Any, kwargs: Any) -> Any:
         if plan is not None:
-            torch.ops.ckv_compile.capacity(plan.capacity, plan.tokens, plan.row_budgets)
+            torch.ops.ckv_compile.capacity(
+                plan.capacity, plan.tokens, plan.padding, plan.row_budgets
+            )
         return self._call_impl(*args, **kwargs)
 
     return forward
@@ -69,11 +75,12 @@ class Plan:
     """What a prefill is to keep, as inputs of the compiled graph.
 
     ``capacity`` is empty and as long as the budget; ``row_budgets`` ``[B]`` int64 are those of the
-    rows of a padded batch, None without padding.
+    rows that the mask ``padding`` ``[B, K]`` pads; both None without padding.
     """
 
     capacity: Tensor
     tokens: Tensor
+    padding: Tensor | None
     row_budgets: Tensor | None
 
 
@@ -90,8 +97,15 @@ class OptimizedForward:
 
     @property
     def report(self) -> Report:
-        """All graphs compiled so far."""
-        return merged(self.region.reports, self.config)
+        """All graphs compiled so far, at the present budget."""
+        report = merged(self.region.reports, self.config)
+        if self.config.budget == self.region.config.budget:
+            return report
+        rows = tuple(
+            row.at(self.config.entries(row.kv_len)) if row.budget_from == "input" else row
+            for row in report.sites
+        )
+        return dataclasses.replace(report, sites=rows)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():  # inside somebody else's region
@@ -103,7 +117,14 @@ class OptimizedForward:
                 "uncompiled and evicts nothing; use model.eval() and torch.no_grad()",
             )
             return self.model._call_impl(*args, **kwargs)
-        kwargs = dict(kwargs)
+        compiled_before = len(self.region.reports)
+        result = self.run(*args, **kwargs)
+        self._check(self.region.reports[compiled_before:])
+        return result
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """Prepare cache, mask and budget of an inference call and run it in the region."""
+        args, kwargs = _by_name(self.model, args, kwargs)
         tokens = _tokens_of(args, kwargs)
         cache = self._prepare_cache(kwargs)
         fresh = cache is None or cache.get_seq_length() == 0
@@ -125,8 +146,7 @@ class OptimizedForward:
         # Without layers that remember their rows, a padded batch must keep its whole cache.
         follows = cache is not None and bool(_cache_room().follows_rows(cache))
         plan = self._plan(tokens, mask if follows else None) if fresh else None
-        _mark_dynamic(args, kwargs)
-        compiled_before = len(self.region.reports)
+        _mark_dynamic(tokens, kwargs)
         try:
             with _compile_settings():
                 result = self.region.call(plan, args, kwargs)
@@ -140,7 +160,6 @@ class OptimizedForward:
         if plan is not None and cache is not None:
             prompt_len, window_size = plan.tokens.shape[1], self.config.window_size
             _cache_room().settle(cache, prompt_len, window_size, plan.row_budgets)
-        self._check(self.region.reports[compiled_before:])
         return result
 
     @property
@@ -178,7 +197,7 @@ class OptimizedForward:
         # Expanded from one element: the size is what counts, not the memory.
         capacity = torch.empty((), dtype=torch.uint8, device=tokens.device).expand(max(budgets))
         torch._dynamo.maybe_mark_dynamic(capacity, 0)
-        return Plan(capacity, tokens, row_budgets)
+        return Plan(capacity, tokens, mask, row_budgets)
 
     def _check(self, new: list[Report]) -> None:
         """Say loudly, once, that a compiled prefill found nothing to evict."""
@@ -211,11 +230,23 @@ def _compile_settings() -> Iterator[None]:
         yield
 
 
+def _by_name(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The call with its positional arguments named, where the forward names them."""
+    parameters = list(inspect.signature(model.forward).parameters.values())[: len(args)]
+    named = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+    if len(named) < len(args) or set(named) & set(kwargs):
+        return args, dict(kwargs)
+    return (), {**dict(zip(named, args, strict=True)), **kwargs}
+
+
 def _tokens_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """The input whose axis 1 counts tokens: by its name, or else the first tensor of the call."""
     named = [kwargs[name] for name in _TOKENS if isinstance(kwargs.get(name), Tensor)]
-    for value in (*named, *args[:1]):
-        if isinstance(value, Tensor) and value.dim() >= 2:
-            return value
+    for value in (*named, *args, *kwargs.values()):
+        if isinstance(value, Tensor):
+            return value if value.dim() >= 2 else None
     return None
 
 
@@ -254,9 +285,11 @@ def _is_contiguous(mask: Tensor) -> bool:
     return bool((starts == 1).all())
 
 
-def _mark_dynamic(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _mark_dynamic(tokens: Tensor | None, kwargs: dict[str, Any]) -> None:
     """Tell Dynamo which sizes vary, so that the first prompt does not fix them."""
-    for name, value in (*((_TOKENS[2], arg) for arg in args), *kwargs.items()):
+    if tokens is not None:
+        _mark(tokens, 1)
+    for name, value in kwargs.items():
         if isinstance(value, Tensor):
             if name in _LENGTH_AXIS_1 and value.dim() >= 2:
                 _mark(value, 1)

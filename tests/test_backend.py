@@ -138,6 +138,18 @@ def test_explain_reports_sites_and_rejections():
     assert model._compiled_call_impl is None  # nothing was changed
 
 
+def test_explain_reads_masks_as_optimize_does():
+    """A tokenizer's mask of ones made every site look refused that optimize evicts."""
+    ids = prompt(80, 2)
+    mask = torch.ones_like(ids)
+    config = ckv_compile.EvictionConfig(budget=0.5)
+    report = ckv_compile.explain(tiny(), config=config, input_ids=ids, attention_mask=mask)
+    assert report.evicted == 2 and {row.mask for row in report.sites} == {"is_causal"}
+    mask[0, :30] = 0
+    report = ckv_compile.explain(tiny(), config=config, input_ids=ids, attention_mask=mask)
+    assert report.evicted == 2 and {row.mask for row in report.sites} == {"causal, padded"}
+
+
 def test_explain_without_a_match_says_so():
     report = ckv_compile.explain(tiny("mistral", sliding_window=16), input_ids=prompt(40))
     assert report.sites == () and NOTHING_MATCHED in str(report)

@@ -7,6 +7,7 @@ import copy
 import eager
 import pytest
 import torch
+from capture import captured
 from families import prompt, tiny
 from safetensors.torch import save_file
 from transformers import (
@@ -18,6 +19,7 @@ from transformers import (
 
 import ckv_compile
 from ckv_compile import EvictedCache, EvictionConfig
+from ckv_compile.passes.pipeline import rewrite
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +107,25 @@ def test_a_padded_row_generates_what_it_generates_alone(model, lengths, budget):
         assert torch.equal(out.sequences[row, 90:], tokens[0]), (row, length)
 
 
+@pytest.mark.parametrize("lowering", ["aot_eager", "inductor"])
+def test_a_compiled_padded_batch_generates_the_same(lowering):
+    """Masks, row budgets and the cache's gap as inputs of generated code; two turns."""
+    model = ckv_compile.optimize(tiny(), 0.5, lowering=lowering)
+    ids, mask = padded((50, 90), 90, "left")
+    cache = EvictedCache()
+    out = generated(model, ids, attention_mask=mask, past_key_values=cache)
+    for row, length in enumerate((50, 90)):
+        tokens, _ = oracle(ids[row : row + 1, 90 - length :])
+        assert torch.equal(out.sequences[row, 90:], tokens[0])
+    longer = torch.cat([out.sequences, prompt(11, batch=2, seed=5)], 1)
+    mask = torch.cat([mask, mask.new_ones(2, longer.shape[1] - 90)], 1)
+    turns = [
+        generated(one, longer, 4, attention_mask=mask, past_key_values=copy.deepcopy(cache))
+        for one in (model, ckv_compile.optimize(tiny(), 0.5, lowering="eager"))
+    ]
+    assert torch.equal(turns[0].sequences, turns[1].sequences)
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_a_padded_row_keeps_the_tokens_it_keeps_alone(half, side):
     """The kept entries, not only the tokens that follow: each is found in the row's own prefill."""
@@ -154,6 +175,33 @@ def test_a_mask_with_holes_runs_uncompiled_and_says_so(half):
         expected = tiny()(input_ids=ids, attention_mask=mask, use_cache=True)
     assert torch.equal(out.logits, expected.logits)
     assert out.past_key_values.get_seq_length() == out.past_key_values.layers[0].keys.shape[2] == 90
+
+
+def test_arguments_by_position_are_understood(half):
+    """forward(ids, mask) must not pass for a call without a mask."""
+    ids, mask = padded((50, 90), 90, "left")
+    with torch.no_grad():
+        by_name = half(input_ids=ids, attention_mask=mask, use_cache=True).past_key_values
+        by_place = half(ids, mask, use_cache=True).past_key_values
+    assert by_place.layers[0].keys.shape[2] == 45
+    assert all(
+        torch.equal(a.keys, b.keys) for a, b in zip(by_name.layers, by_place.layers, strict=True)
+    )
+
+
+def test_rows_counted_on_another_mask_are_refused():
+    """Rows that were counted on one mask and padded by another would keep the wrong entries."""
+    model, ids = tiny(), prompt(60, 2)
+    mask, other = torch.ones(2, 60).long(), torch.ones(2, 60).long()
+
+    def forward():
+        capacity = torch.empty(40)
+        torch.ops.ckv_compile.capacity(capacity, ids, other, torch.tensor([40, 40]))
+        return model(input_ids=ids, attention_mask=mask, use_cache=True)
+
+    found = rewrite(captured(forward), EvictionConfig(budget=0.5))
+    assert found.inserted == ()
+    assert {r.reason.name for r in found.rejections} == {"PADDING_MASK"}
 
 
 def test_padding_costs_two_graphs_for_all_lengths():

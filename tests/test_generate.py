@@ -40,6 +40,9 @@ def test_two_graphs_for_all_lengths_and_budgets(optimized):
             for layer in cache.layers:
                 # Two of the three new tokens have been fed back.
                 assert layer.keys.shape == layer.values.shape == (2, 2, kept + 2, 16)
+        site = next(row for row in ckv_compile.explain(optimized).sites if row.action == "evict")
+        assert (site.kv_len, site.budget) == (77, EvictionConfig(budget=budget).entries(77))
+        assert site.bytes_after == site.bytes_before // 77 * site.budget
     report = ckv_compile.explain(optimized)
     assert report.graphs == 2 and report.evicted == 2
     assert not counters["graph_break"]

@@ -15,15 +15,20 @@ from ..config import EvictionConfig
 from ..methods.evict import EvictKV
 from ..site import AttentionSite, Reason, Rejection
 from . import vocabulary as vocab
+from .axes import chain_above
 
 
 @torch.library.custom_op("ckv_compile::capacity", mutates_args=())
 def capacity_marker(
-    capacity: torch.Tensor, tokens: torch.Tensor, row_budgets: torch.Tensor | None = None
+    capacity: torch.Tensor,
+    tokens: torch.Tensor,
+    padding: torch.Tensor | None = None,
+    row_budgets: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Make ``capacity`` (empty, its size the budget for ``tokens``) an input of the traced graph.
 
-    ``row_budgets`` ``[B]`` are the budgets of the rows of a padded batch, None without padding.
+    ``row_budgets`` ``[B]`` are the budgets of the rows that the mask ``padding`` ``[B, K]`` pads;
+    both None without padding.
     A budget that is an input costs no second compile when it changes. The pass takes the marker
     out again, so it never runs in a graph that we compile; elsewhere it does nothing.
     """
@@ -32,23 +37,35 @@ def capacity_marker(
 
 @capacity_marker.register_fake
 def _(
-    capacity: torch.Tensor, tokens: torch.Tensor, row_budgets: torch.Tensor | None = None
+    capacity: torch.Tensor,
+    tokens: torch.Tensor,
+    padding: torch.Tensor | None = None,
+    row_budgets: torch.Tensor | None = None,
 ) -> torch.Tensor:
     return capacity.new_empty(0)
 
 
 @dataclasses.dataclass(frozen=True)
 class Capacity:
-    """The budget as a graph input, and the token count it was computed for."""
+    """The budget as a graph input, and the tokens and the mask it was computed for."""
 
-    node: Node
-    tokens: Node
+    node: Node | None
+    tokens: Node | None
+    padding: Node | None = None
     row_budgets: Node | None = None
 
     def fits(self, site: AttentionSite) -> bool:
         """Whether the site caches exactly the tokens that the budget counts."""
         shape = vocab.shape_of(self.tokens)
         return shape is not None and len(shape) > 1 and vocab.known(shape[1] == site.kv_len)
+
+    def counts_rows_of(self, site: AttentionSite) -> bool:
+        """Whether the rows were counted on the very mask that pads this site; neither is as well.
+
+        A mask's cast is still that mask.
+        """
+        root = None if site.padding is None else chain_above(site.padding)[-1]
+        return root is self.padding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,18 +90,21 @@ def take_capacity(gm: GraphModule) -> Capacity | None:
     return found
 
 
-def without_padding(
+def without_uncounted_rows(
     sites: Sequence[AttentionSite], rejections: Sequence[Rejection], capacity: Capacity | None
 ) -> tuple[tuple[AttentionSite, ...], tuple[Rejection, ...]]:
-    """Reject padded sites where nobody says how many entries each row keeps.
+    """Reject padded sites where nobody says how many entries each of their rows keeps.
 
     A cache that does not follow its rows would show pads to later tokens: wrong, silently.
     """
-    counted = capacity is not None and capacity.row_budgets is not None
-    refused = [site for site in sites if site.padding is not None and not counted]
+    rows = capacity or Capacity(None, None)
+    refused = [s for s in sites if s.phase == "prefill" and not rows.counts_rows_of(s)]
     reasons = tuple(
         Rejection(
-            site.sdpa, Reason.PADDING_MASK, f"mask {site.attn_mask} hides {site.padding}", site.name
+            site.sdpa,
+            Reason.PADDING_MASK,
+            f"mask {site.attn_mask} hides {site.padding}, rows are counted on {rows.padding}",
+            site.name,
         )
         for site in refused
     )

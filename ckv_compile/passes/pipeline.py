@@ -8,7 +8,7 @@ from torch.fx import GraphModule
 
 from ..config import EvictionConfig
 from ..site import AttentionSite, Rejection
-from .insert import Inserted, insert_eviction, take_capacity, without_padding
+from .insert import Inserted, insert_eviction, take_capacity, without_uncounted_rows
 from .match import match_sites
 from .verify import outputs_of, verify
 
@@ -33,7 +33,7 @@ def rewrite(
     # The budget may come as an input of the graph; its marker must go before anything else reads.
     capacity = take_capacity(gm)
     sites, rejections = match_sites(gm, training=training, grad_enabled=grad_enabled)
-    sites, rejections = without_padding(sites, rejections, capacity)
+    sites, rejections = without_uncounted_rows(sites, rejections, capacity)
     before = outputs_of(gm)
     inserted = insert_eviction(gm, sites, config, capacity)
     # Always last: a wrong graph must not run.
