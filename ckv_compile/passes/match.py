@@ -202,6 +202,11 @@ def _checked_cache(
     shape = vocab.shape_of(node)
     if shape is None or len(shape) != 4 or not isinstance(shape[1], int):
         raise _Refused(operand, axes, f"the cache tensor {node.name} has shape {shape}")
+    for user in node.users:
+        # The eviction node would copy what was there before, or after: it cannot know.
+        if vocab.is_in_place(user) and user.args[0] is node:
+            detail = f"{node.name} is written in place by {user.name}"
+            raise _Refused(operand, Reason.CACHE_NOT_FOUND, detail)
     layout = follow(labelled("BhKD", shape), path)
     names = None if layout is None else names_of(layout)
     batch, heads, kv_len, head_dim = names_of(labelled("BhKD", shape))

@@ -229,8 +229,17 @@ def is_greater_equal(node: Node) -> bool:
     return name_of(node) in _GREATER_EQUAL
 
 
-def is_add(node: Node) -> bool:
-    return name_of(node) in ("add", "__add__", "iadd")
+def is_add(node: object) -> bool:
+    plain = isinstance(node, Node) and node.kwargs.get("alpha", 1) == 1
+    return plain and name_of(node) in ("add", "__add__", "iadd")
+
+
+def is_in_place(node: Node) -> bool:
+    """Whether the op writes to its first argument: ``mul_``, ``copy_``, ``setitem``, ``iadd``."""
+    name = name_of(node)
+    augmented = node.target in (operator.iadd, operator.imul, operator.isub, operator.itruediv)
+    written = name.endswith("_") and not name.endswith("__") and name not in ("and_", "or_")
+    return augmented or written or name == "setitem"
 
 
 def is_all_true(node: Node) -> bool:

@@ -254,6 +254,9 @@ UNREADABLE = {
         causal(q, k) & (torch.arange(k.shape[2]) > torch.arange(q.shape[2])[:, None] - 4)
     ),
     "flipped": lambda q, k: causal(q, k).flip(0),
+    "scaled shift": lambda q, k: (
+        torch.arange(k.shape[2]) <= torch.add(torch.arange(q.shape[2]), 0, alpha=2)[:, None]
+    ),
     "prefix": lambda q, k: causal(q, k) | (torch.arange(k.shape[2]) < 4),
     "strided": lambda q, k: torch.arange(0, 2 * k.shape[2], 2) <= torch.arange(q.shape[2])[:, None],
     "tril above the diagonal": lambda q, k: torch.ones(
@@ -365,6 +368,13 @@ def test_cache_that_holds_another_key_is_refused():
     """Evicting a tensor that attention never saw would keep positions scored on another."""
     fn = attention(cached=lambda k, v: (k.flip(2), v))
     assert only_reason(fn, *inputs()) is Reason.CACHE_NOT_FOUND
+
+
+def test_cache_that_is_written_in_place_is_refused():
+    """The evicted copy would miss what is written to the cache after the attention."""
+    fn = attention(cached=lambda k, v: (k.mul_(2), v))
+    reasons = {r.reason for r in match(fn, *inputs())[1]}
+    assert reasons == {Reason.CACHE_NOT_FOUND}
 
 
 def test_no_cache_is_refused():
