@@ -66,13 +66,13 @@ def compile_graph(
     return _lowered(gm, example_inputs, config), report
 
 
-def lowering_for(config: EvictionConfig, example_inputs: Sequence[Any]) -> str:
-    """What "auto" means for these inputs."""
+def lowering_for(config: EvictionConfig) -> str:
+    """The lowering, with "auto" resolved."""
     return "inductor" if config.lowering == "auto" else config.lowering
 
 
 def _lowered(gm: GraphModule, example_inputs: Sequence[Any], config: EvictionConfig) -> Compiled:
-    lowering = lowering_for(config, example_inputs)
+    lowering = lowering_for(config)
     if lowering == "eager":
         return gm.forward
     if lowering == "aot_eager":

@@ -125,7 +125,7 @@ def main() -> None:
         with stage(f"answer with budget {budget}"):
             rows.append(_cells(budget, ask(), full, _matched(model)))
     console.print(_table(rows, full.prompt_tokens, console.width))
-    for line in _notes(model, inputs, compiling):
+    for line in _notes(model, compiling):
         console.print(line)
 
 
@@ -274,11 +274,11 @@ def _table(rows: list[tuple[str, ...]], prompt_tokens: int, width: int) -> Table
     return table
 
 
-def _notes(model: Any, inputs: Any, compiling: float) -> Iterator[str]:
+def _notes(model: Any, compiling: float) -> Iterator[str]:
     from ckv_compile.backend import lowering_for
 
     report = ckv_compile.explain(model)
-    lowering = lowering_for(report.config, [inputs["input_ids"]])
+    lowering = lowering_for(report.config)
     yield (
         f"Compiled {report.graphs} graphs, lowering {lowering}: {compiling:.1f} s with the answer "
         "that starts it. The row full is the model as written, not compiled."

@@ -189,14 +189,16 @@ def test_arguments_by_position_are_understood(half):
     )
 
 
-def test_rows_counted_on_another_mask_are_refused():
-    """Rows that were counted on one mask and padded by another would keep the wrong entries."""
-    model, ids = tiny(), prompt(60, 2)
+@pytest.mark.parametrize("counted_on", ["another mask", "another prompt"])
+def test_rows_counted_elsewhere_are_refused(counted_on):
+    """Rows counted on one mask or prompt and padded by another would keep the wrong entries."""
+    model, ids, short = tiny(), prompt(60, 2), prompt(50, 2)
     mask, other = torch.ones(2, 60).long(), torch.ones(2, 60).long()
+    marked = (ids, other) if counted_on == "another mask" else (short, mask)
 
     def forward():
         capacity = torch.empty(40)
-        torch.ops.ckv_compile.capacity(capacity, ids, other, torch.tensor([40, 40]))
+        torch.ops.ckv_compile.capacity(capacity, *marked, torch.tensor([40, 40]))
         return model(input_ids=ids, attention_mask=mask, use_cache=True)
 
     found = rewrite(captured(forward), EvictionConfig(budget=0.5))

@@ -29,6 +29,7 @@ def capacity_marker(
 
     ``row_budgets`` ``[B]`` are the budgets of the rows that the mask ``padding`` ``[B, K]`` pads;
     both None without padding.
+
     A budget that is an input costs no second compile when it changes. The pass takes the marker
     out again, so it never runs in a graph that we compile; elsewhere it does nothing.
     """
@@ -64,8 +65,9 @@ class Capacity:
 
         A mask's cast is still that mask.
         """
-        root = None if site.padding is None else chain_above(site.padding)[-1]
-        return root is self.padding
+        if site.padding is None:
+            return self.padding is None
+        return chain_above(site.padding)[-1] is self.padding and self.fits(site)
 
 
 @dataclasses.dataclass(frozen=True)
