@@ -47,18 +47,17 @@ class EvictedLayer(DynamicLayer):
 
     def get_seq_length(self) -> int:
         """Tokens seen, held or not."""
-        held = super().get_seq_length()
-        return held if self.gap is None else held + self.gap.shape[0] - 2
+        return super().get_seq_length() + self.evicted
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Keys that the next call attends to, and the position of the first of them."""
-        held = super().get_seq_length()
-        return held + query_length, (0 if self.gap is None else self.gap.shape[0] - 2)
+        return super().get_seq_length() + query_length, self.evicted
 
-    def settle(self, prompt_len: int, window_size: int, gap: Tensor, valid: Tensor | None) -> None:
+    def settle(self, prompt_len: int, window_size: int, valid: Tensor | None) -> None:
         """Note what a prefill of ``prompt_len`` tokens has left, its window whole."""
-        self.gap, self.valid, self.prompt_len = gap, valid, prompt_len
-        self.thinned = max(self.keys.shape[-2] - window_size, 0)
+        held = self.keys.shape[-2]
+        self.gap, self.valid, self.prompt_len = _gap_of(prompt_len - held), valid, prompt_len
+        self.thinned = max(held - window_size, 0)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last tokens: those of the observation window and those since.
@@ -211,18 +210,24 @@ def _loaded_layer(
     layer = EvictedLayer()
     layer.lazy_initialization(keys, values)
     layer.keys, layer.values, layer.valid = keys, values, tensors.get(f"{index}.valid")
-    layer.gap = torch.empty(evicted + 2, 0)
+    layer.gap = _gap_of(evicted)
     layer.thinned, layer.prompt_len = thinned, prompt_len
     if layer.valid is not None and layer.valid.shape[0] != keys.shape[0]:
         raise ValueError(f"{where}: layer {index} has rows that do not match")
     return layer
 
 
-def _share_gaps(cache: EvictedCache) -> None:
+def _gap_of(evicted: int) -> Tensor:
+    """See ``EvictedLayer.gap``; plus 2, for Dynamo specialises the sizes 0 and 1."""
+    return torch.empty(evicted + 2, 0)
+
+
+def _share_gaps(cache: Any) -> None:
     """One tensor for all layers that miss as many tokens: one input of the decode graph."""
     gaps: dict[int, Tensor] = {}
-    for layer in cache.layers:
-        layer.gap = gaps.setdefault(layer.evicted, layer.gap)
+    for layer in evicted_layers(cache):
+        if layer.gap is not None:
+            layer.gap = gaps.setdefault(layer.evicted, layer.gap)
 
 
 def _tensors(layer: Any) -> Iterator[Tensor]:
@@ -260,18 +265,15 @@ def settle(cache: Any, prompt_len: int, window_size: int, row_budgets: Tensor | 
         window_size: the last tokens, all of which are held.
         row_budgets: ``[B]`` entries that each row of a padded batch kept, in the last slots.
     """
-    gaps: dict[int, Tensor] = {}
     for layer in evicted_layers(cache):
         if not layer.is_initialized:
             continue
-        held = layer.keys.shape[-2]
-        # One tensor for all layers of a length: one input of the decode graph.
-        gap = gaps.setdefault(held, torch.empty(prompt_len - held + 2, 0))
-        valid = None
+        held, valid = layer.keys.shape[-2], None
         if row_budgets is not None and held < prompt_len:
             slots = torch.arange(held, device=layer.keys.device)
             valid = slots >= held - row_budgets[:, None].to(slots.device)
-        layer.settle(prompt_len, window_size, gap, valid)
+        layer.settle(prompt_len, window_size, valid)
+    _share_gaps(cache)
 
 
 def physical_mask(cache: Any, attention_mask: Tensor) -> Tensor:

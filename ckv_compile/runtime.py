@@ -144,7 +144,7 @@ class OptimizedForward:
             )
             return self.model._call_impl(*args, **kwargs)
         # Without layers that remember their rows, a padded batch must keep its whole cache.
-        follows = cache is not None and bool(_cache_room().follows_rows(cache))
+        follows = cache is not None and _cache_room().follows_rows(cache)
         plan = self._plan(tokens, mask if follows else None) if fresh else None
         _mark_dynamic(tokens, kwargs)
         try:
@@ -234,6 +234,8 @@ def _by_name(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The call with its positional arguments named, where the forward names them."""
+    if not args:  # generate names everything; it need not be looked up at each token
+        return (), dict(kwargs)
     parameters = list(inspect.signature(model.forward).parameters.values())[: len(args)]
     named = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
     if len(named) < len(args) or set(named) & set(kwargs):

@@ -76,7 +76,7 @@ def _sdpa(node: Node) -> Attention:
 
 def _eager(softmax: Node) -> Attention | Rejection | None:
     """Read ``matmul, scale, soft cap, mask, softmax, dropout, matmul`` from the middle outwards."""
-    weights, dropout_p = softmax, 0.0
+    weights = softmax
     product = _only_user(weights)
     while product is not None and (vocab.is_cast(product) or vocab.is_dropout(product)):
         if vocab.is_training_dropout(product):
@@ -119,7 +119,6 @@ def _eager(softmax: Node) -> Attention | Rejection | None:
         additive=True,
         scale=scale,
         softcap=softcap,
-        dropout_p=dropout_p,
     )
 
 

@@ -98,8 +98,8 @@ def _read_op(node: Node, seen: dict[Node, Index | Mask | None]) -> Index | Mask 
     if op is None:
         return inner if vocab.is_cast(node) and isinstance(inner, Mask) else None
     # An expand spreads a mask over axes on which it does not depend: there it stays unlabelled.
-    spread = _spread(inner.layout, len(shape)) if op.kind == "expand" else None
-    layout = spread if spread is not None else through(op, inner.layout, shape)
+    expands = op.kind == "expand"
+    layout = _spread(inner.layout, len(shape)) if expands else through(op, inner.layout, shape)
     return None if layout is None else dataclasses.replace(inner, layout=layout)
 
 
