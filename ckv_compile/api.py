@@ -123,6 +123,7 @@ def compress(
         inputs["logits_to_keep"] = 1
     with torch.no_grad():
         model(**inputs, past_key_values=cache, use_cache=True)
+    room.finish_prompt(cache)
     cache.fingerprint = room.fingerprint_of(model)
     return cache
 

@@ -13,6 +13,7 @@ import torch
 METHODS = ("criticalkv", "snapkv")
 NORMS = ("l1", "l2")
 LOWERINGS = ("auto", "inductor", "aot_eager", "eager")
+LATER_TURNS = ("keep", "evict")
 
 _BUDGET_TAKES = (
     "a float in (0, 1] (share of the prompt), an int (tokens per KV head), "
@@ -97,6 +98,8 @@ class EvictionConfig:
         first_stage_ratio: CriticalKV's alpha, the share of the budget filled by attention alone.
         epsilon: CriticalKV's eps, added to the attention before it is multiplied by the norm.
         norm: "l1" or "l2" norm of the projected value.
+        later_turns: "keep" all tokens that follow a prompt, or "evict" again whenever several come
+            at once, to the budget of all tokens seen. A prompt fed in pieces is one prompt.
         lowering: "inductor" (generated C++ or Triton), "aot_eager" (ATen), "eager" (the FX graph as
             it is) or "auto".
 
@@ -111,11 +114,13 @@ class EvictionConfig:
     first_stage_ratio: float = 0.5
     epsilon: float = 1e-4
     norm: str = "l1"
+    later_turns: str = "keep"
     lowering: str = "auto"
 
     def __post_init__(self) -> None:
         _check_choice("method", self.method, METHODS)
         _check_choice("norm", self.norm, NORMS)
+        _check_choice("later_turns", self.later_turns, LATER_TURNS)
         _check_choice("lowering", self.lowering, LOWERINGS)
         _check_int("window_size", self.window_size, "an int >= 1", self.window_size, 1)
         _check_int("kernel_size", self.kernel_size, "an odd int >= 1", self.kernel_size, 1)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .backend import Compiled, compile_graph, log_default_budget
 from .config import EvictionConfig
 from .passes import insert  # noqa: F401  registers the capacity marker
+from .plan import Plan, plan_for
 from .report import NOTHING_MATCHED, Report, merged
 
 # The tensors whose axis 1 counts tokens; the first one present says how long the prompt is.
@@ -63,25 +64,11 @@ def _region(self: nn.Module) -> Callable[..., Any]:
     def forward(plan: Plan | None, args: Any, kwargs: Any) -> Any:
         if plan is not None:
             torch.ops.ckv_compile.capacity(
-                plan.capacity, plan.tokens, plan.padding, plan.row_budgets
+                plan.capacity, plan.tokens, plan.padding, plan.row_budgets, plan.gap
             )
         return self._call_impl(*args, **kwargs)
 
     return forward
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """What a prefill is to keep, as inputs of the compiled graph.
-
-    ``capacity`` is empty and as long as the budget; ``row_budgets`` ``[B]`` int64 are those of the
-    rows that the mask ``padding`` ``[B, K]`` pads; both None without padding.
-    """
-
-    capacity: Tensor
-    tokens: Tensor
-    padding: Tensor | None
-    row_budgets: Tensor | None
 
 
 class OptimizedForward:
@@ -125,42 +112,61 @@ class OptimizedForward:
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """Prepare cache, mask and budget of an inference call and run it in the region."""
         args, kwargs = _by_name(self.model, args, kwargs)
-        tokens = _tokens_of(args, kwargs)
+        tokens, room = _tokens_of(args, kwargs), _cache_room()
         cache = self._prepare_cache(kwargs)
-        fresh = cache is None or cache.get_seq_length() == 0
-        mask = _prepare_mask(kwargs, self._decoder_mask, cache, fresh)
-        if mask is not None and fresh and not _is_contiguous(mask):
-            self._warn_once(
-                "holes",
-                "attention_mask has holes between real tokens: this call runs uncompiled and "
-                "evicts nothing",
-            )
-            return self.model._call_impl(*args, **kwargs)
-        if cache is not None and not isinstance(cache, _cache_room().DynamicCache):
+        if cache is None:
+            return self._run(tokens, None, True, args, kwargs)[0]
+        if not isinstance(cache, room.DynamicCache):
             self._warn_once(
                 "cache",
                 f"a {type(cache).__name__} cannot be cut: its calls run uncompiled; "
                 "pass an EvictedCache, a DynamicCache or none",
             )
             return self.model._call_impl(*args, **kwargs)
-        # Without layers that remember their rows, a padded batch must keep its whole cache.
-        follows = cache is not None and _cache_room().follows_rows(cache)
-        plan = self._plan(tokens, mask if follows else None) if fresh else None
+        q_len = 0 if tokens is None else tokens.shape[1]
+        cutting = q_len > 1 and self._cuts(cache)
+        with room.writing(cache, q_len, cutting=cutting):
+            result, plan = self._run(tokens, cache, cutting, args, kwargs)
+        if plan is not None:
+            room.settle(cache, plan.seen, self.config.window_size, plan.real, plan.row_budgets)
+        elif q_len == 1:
+            room.finish_prompt(cache)
+        return result
+
+    def _cuts(self, cache: Any) -> bool:
+        """Whether several tokens behind ``cache`` leave it cut to the budget of all of them."""
+        if cache.get_seq_length() == 0:
+            return True
+        room = _cache_room()
+        turn = self.config.later_turns == "evict" and not room.takes_back(cache)
+        return (turn or room.in_prompt(cache)) and room.can_cut_again(cache)
+
+    def _run(
+        self, tokens: Tensor | None, cache: Any, cutting: bool, args: Any, kwargs: dict[str, Any]
+    ) -> tuple[Any, Plan | None]:
+        """The call's result, and what it was to keep; None where nothing is cut."""
+        fresh = cache is None or cache.get_seq_length() == 0
+        seen_mask = kwargs.get(self._decoder_mask)
+        mask = _prepare_mask(kwargs, self._decoder_mask, None if fresh else cache, tokens)
+        if mask is not None and fresh and not _is_contiguous(mask):
+            self._warn_once(
+                "holes",
+                "attention_mask has holes between real tokens: this call runs uncompiled and "
+                "evicts nothing",
+            )
+            return self.model._call_impl(*args, **kwargs), None
+        plan = self._plan(tokens, cache, seen_mask, mask) if cutting else None
         _mark_dynamic(tokens, kwargs)
         try:
             with _compile_settings():
-                result = self.region.call(plan, args, kwargs)
+                return self.region.call(plan, args, kwargs), plan
         except torch._dynamo.exc.FailOnRecompileLimitHit:
             self._warn_once(
                 "limit",
                 f"the recompile limit of {_RECOMPILE_LIMIT} is reached: calls of this shape run "
                 "uncompiled and evict nothing. TORCH_LOGS=recompiles tells what changes",
             )
-            return self.model._call_impl(*args, **kwargs)
-        if plan is not None and cache is not None:
-            prompt_len, window_size = plan.tokens.shape[1], self.config.window_size
-            _cache_room().settle(cache, prompt_len, window_size, plan.row_budgets)
-        return result
+            return self.model._call_impl(*args, **kwargs), None
 
     @property
     def _decoder_mask(self) -> str:
@@ -184,20 +190,31 @@ class OptimizedForward:
         room.adopt(cache)
         return cache
 
-    def _plan(self, tokens: Tensor | None, mask: Tensor | None) -> Plan | None:
+    def _plan(
+        self, tokens: Tensor | None, cache: Any, seen_mask: Tensor | None, mask: Tensor | None
+    ) -> Plan | None:
         if tokens is None or tokens.shape[1] == 1:
             return None
-        budgets = [self.config.entries(tokens.shape[1])]
-        row_budgets = None
+        if cache is None or cache.get_seq_length() == 0:
+            # Without layers that remember their rows, a padded batch must keep its whole cache.
+            if cache is None or not _cache_room().follows_rows(cache):
+                mask = None
+            return plan_for(self.config, tokens, seen_mask=mask, held_mask=mask)
+        layer = _cache_room().first_layer(cache)
+        before = layer.get_seq_length()
         if mask is not None:
-            lengths = mask.bool().sum(-1).tolist()
-            # A row keeps what it would keep alone: its budget counts its own tokens.
-            budgets = [self.config.entries(n) for n in lengths]
-            row_budgets = torch.tensor(budgets, device=tokens.device)
-        # Expanded from one element: the size is what counts, not the memory.
-        capacity = torch.empty((), dtype=torch.uint8, device=tokens.device).expand(max(budgets))
-        torch._dynamo.maybe_mark_dynamic(capacity, 0)
-        return Plan(capacity, tokens, mask, row_budgets)
+            counted = seen_mask is not None and seen_mask.shape[1] == before + tokens.shape[1]
+            if not counted:  # how many tokens the rows have seen, nobody can say
+                return None
+        return plan_for(
+            self.config,
+            tokens,
+            held=layer.held,
+            gap=layer.gap,
+            seen_mask=None if mask is None else seen_mask,
+            held_mask=mask,
+            before=before,
+        )
 
     def _check(self, new: list[Report]) -> None:
         """Say loudly, once, that a compiled prefill found nothing to evict."""
@@ -262,18 +279,25 @@ def _cache_room() -> Any:
 
 
 def _prepare_mask(
-    kwargs: dict[str, Any], decoder_mask: str, cache: Any, fresh: bool
+    kwargs: dict[str, Any], decoder_mask: str, cache: Any, tokens: Tensor | None
 ) -> Tensor | None:
-    """Drop masks that hide nothing, fit the decoder's to the cache; returns that one if it hides.
+    """Drop masks that hide nothing, fit the decoder's to a filled cache; returns it if it hides.
 
     A 2-D mask of ones costs a ``[Q, K]`` tensor in the graph and says nothing.
     """
+    kept = ""
+    if cache is not None and tokens is not None:
+        mask = kwargs.get(decoder_mask)
+        if mask is None or (isinstance(mask, Tensor) and mask.dim() == 2):
+            fitted = _cache_room().physical_mask(cache, mask, tokens.shape[1])
+            if fitted is not None:
+                kwargs[decoder_mask] = fitted
+            # One graph for all steps: the mask stays when the last slot is in use.
+            kept = decoder_mask if _cache_room().is_fixed(cache) else ""
     for name in _MASKS:
         mask = kwargs.get(name)
-        if not isinstance(mask, Tensor) or mask.dim() != 2:
+        if name == kept or not isinstance(mask, Tensor) or mask.dim() != 2:
             continue
-        if name == decoder_mask and not fresh and cache is not None:
-            mask = kwargs[name] = _cache_room().physical_mask(cache, mask)
         if bool((mask == 1).all()):
             kwargs[name] = None
     mask = kwargs.get(decoder_mask)
@@ -281,10 +305,10 @@ def _prepare_mask(
 
 
 def _is_contiguous(mask: Tensor) -> bool:
-    """Whether the real tokens of each row stand together, with at least one in each row."""
+    """Whether the real tokens of each row stand together."""
     real = mask.bool()
     starts = real[:, :1].sum(-1) + (real[:, 1:] & ~real[:, :-1]).sum(-1)
-    return bool((starts == 1).all())
+    return bool((starts <= 1).all())
 
 
 def _mark_dynamic(tokens: Tensor | None, kwargs: dict[str, Any]) -> None:
@@ -299,8 +323,8 @@ def _mark_dynamic(tokens: Tensor | None, kwargs: dict[str, Any]) -> None:
                     _mark(value, 2)
                     _mark(value, 3)
         else:
-            for tensor in _cache_tensors(value):
-                _mark(tensor, 2)
+            for tensor, dim in _varying(value):
+                _mark(tensor, dim)
 
 
 def _mark(tensor: Tensor, dim: int) -> None:
@@ -308,21 +332,22 @@ def _mark(tensor: Tensor, dim: int) -> None:
         torch._dynamo.maybe_mark_dynamic(tensor, dim)
 
 
-def _cache_tensors(value: Any) -> Iterator[Tensor]:
-    """The ``[B, Hkv, K, D]`` tensors in a cache object or in nested tuples."""
+def _varying(value: Any) -> Iterator[tuple[Tensor, int]]:
+    """The ``[B, Hkv, K, D]`` tensors in a cache object or in nested tuples, and where K is."""
     if isinstance(value, Tensor):
         if value.dim() == 4:
-            yield value
+            yield value, 2
     elif isinstance(value, (list, tuple)):
         for item in value:
-            yield from _cache_tensors(item)
+            yield from _varying(item)
     elif isinstance(getattr(value, "layers", None), list):
         for layer in value.layers:
+            if hasattr(layer, "varying_sizes"):
+                yield from layer.varying_sizes()
+                continue
             for name in ("keys", "values"):
-                yield from _cache_tensors(getattr(layer, name, None))
-            if getattr(layer, "gap", None) is not None:
-                torch._dynamo.maybe_mark_dynamic(layer.gap, 0)
+                yield from _varying(getattr(layer, name, None))
     else:
         for part in ("self_attention_cache", "cross_attention_cache"):
             if hasattr(value, part):
-                yield from _cache_tensors(getattr(value, part))
+                yield from _varying(getattr(value, part))

@@ -67,7 +67,8 @@ class AttentionSite:
 
     ``cache_key`` and ``cache_value`` are the nodes *before* ``repeat_kv``: ``[B, Hkv, K, D]``, what
     the cache holds. ``key_outputs`` and ``value_outputs`` are their positions in the graph's
-    output. ``q_len`` and ``kv_len`` may be symbolic. ``padding`` ``[B, K]`` is false at pads.
+    output; none where the cache is written in place. ``q_len`` and ``kv_len`` may be symbolic.
+    ``padding`` is false at pads, its column ``padding_offset + j`` is that of key ``j``.
     """
 
     index: int
@@ -95,6 +96,7 @@ class AttentionSite:
     phase: Phase
     mask_kind: str
     padding: Node | None = None
+    padding_offset: Any = 0
 
     @property
     def num_key_value_groups(self) -> int:

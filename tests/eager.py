@@ -25,8 +25,8 @@ class Recorded:
     value: Tensor
     scale: float | None
 
-    def keep(self, config: EvictionConfig) -> Tensor:
-        """Kept positions ``[B, Hkv, budget]`` by the oracle."""
+    def keep(self, config: EvictionConfig, seen: int) -> Tensor:
+        """Kept positions ``[B, Hkv, budget]`` by the oracle, after ``seen`` tokens."""
         names = ("o_proj", "dense", "out_proj", "c_proj")
         projection = next(m for n in names if (m := getattr(self.module, n, None)) is not None)
         in_out = type(projection).__name__ == "Conv1D"
@@ -39,7 +39,7 @@ class Recorded:
         return reference.select(
             scores,
             norms if config.method == "criticalkv" else None,
-            config.entries(self.key.shape[2]),
+            min(config.entries(seen), self.key.shape[2]),
             config.window_size,
             config.first_stage_ratio,
             config.epsilon,
@@ -66,14 +66,32 @@ AttentionInterface.register("recording", _recording)
 @torch.no_grad()
 def prefill(model: Any, ids: Tensor, config: EvictionConfig) -> tuple[Tensor, DynamicCache]:
     """Last logits and the cut cache of an uncompiled prefill."""
+    return prefill_in_pieces(model, [ids], config)
+
+
+@torch.no_grad()
+def prefill_in_pieces(
+    model: Any, pieces: list[Tensor], config: EvictionConfig
+) -> tuple[Tensor, DynamicCache]:
+    """The same for a prompt that is fed in pieces, cut to the budget of all so far after each."""
     model = copy.deepcopy(model)
     model.set_attn_implementation("recording")
-    _calls.clear()
-    cache = DynamicCache()
-    logits = model(input_ids=ids, past_key_values=cache, use_cache=True).logits[:, -1]
-    for layer, call in zip(cache.layers, list(_calls), strict=True):
-        layer.keys, layer.values = reference.compact(call.key, call.value, call.keep(config))
-    return logits, cache
+    cache, seen = DynamicCache(), 0
+    for piece in pieces:
+        _calls.clear()
+        held, extra = cache.get_seq_length(), {}
+        if seen:
+            # A plain cache has lost the positions of what it holds: mask and positions by hand.
+            q_len = piece.shape[1]
+            extra["position_ids"] = torch.arange(seen, seen + q_len)[None]
+            allowed = torch.ones(q_len, held + q_len, dtype=torch.bool).tril(held)
+            extra["attention_mask"] = allowed[None, None]
+        out = model(input_ids=piece, past_key_values=cache, use_cache=True, **extra)
+        seen += piece.shape[1]
+        for layer, call in zip(cache.layers, list(_calls), strict=True):
+            keep = call.keep(config, seen)
+            layer.keys, layer.values = reference.compact(call.key, call.value, keep)
+    return out.logits[:, -1], cache
 
 
 @torch.no_grad()

@@ -243,12 +243,11 @@ def test_second_turn_over_a_cut_cache(half):
     positions = torch.arange(90, 101)[None]
     # Positions of the held entries are lost to a plain cache: its mask is written out.
     allowed = torch.ones(11, 45 + 11, dtype=torch.bool).tril(45)[None, None]
-    cache = EvictedCache()
+    cache = ckv_compile.compress(half, ids)
     with torch.no_grad():
         expected = tiny()(
             input_ids=turn, past_key_values=cut, position_ids=positions, attention_mask=allowed
         )
-        half(input_ids=ids, past_key_values=cache)
         out = half(input_ids=turn, past_key_values=cache)
     torch.testing.assert_close(out.logits, expected.logits)
     assert cache.get_seq_length() == 101 and cache.layers[0].keys.shape[2] == 56
@@ -348,10 +347,9 @@ def test_compress_needs_an_optimised_model():
 
 def test_crop_takes_back_the_tail_and_no_more(half):
     """Behind the window tokens are missing: a crop there would not be the earlier state."""
-    cache = EvictedCache()
+    cache = ckv_compile.compress(half, prompt(90))
+    before = [layer.keys.clone() for layer in cache.layers]
     with torch.no_grad():
-        half(input_ids=prompt(90), past_key_values=cache)
-        before = [layer.keys.clone() for layer in cache.layers]
         half(input_ids=prompt(7, seed=1), past_key_values=cache)
     cache.crop(-7)
     assert cache.get_seq_length() == 90

@@ -22,8 +22,9 @@ ARROWS = {
     "passes": {"methods", "kernels", "site", "config"},
     "report": {"site", "config"},
     "backend": {"passes", "methods", "report", "site", "config"},
-    "cache": {"kernels", "config"},
-    "runtime": {"cache", "backend", "passes", "report", "config"},
+    "cache": {"config"},
+    "plan": {"config"},
+    "runtime": {"cache", "plan", "backend", "passes", "report", "config"},
     "api": {"runtime", "cache", "backend", "report", "config"},
     "__init__": {"api", "cache", "report", "site", "config"},
 }

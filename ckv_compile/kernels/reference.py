@@ -27,6 +27,7 @@ def window_attention(
 
     Mean causal attention of the last ``window_size`` queries, max-pooled over the keys before the
     window (and over nothing else), then averaged over the heads of a group (arXiv 2404.14469).
+    The queries are those of the last ``Q`` keys; where a window is longer, its last ones score.
     ``real`` ``[B, K]`` is False at pads: each row is scored as if it were alone, without them.
     """
     batch, heads, _, head_dim = query.shape
@@ -34,15 +35,18 @@ def window_attention(
     groups = heads // kv_heads
     scale = 1 / math.sqrt(head_dim) if scale is None else scale
     scores = torch.zeros(batch, kv_heads, kv_len)
+    first = kv_len - query.shape[2]
     for b in range(batch):
         row = torch.arange(kv_len) if real is None else real[b].nonzero()[:, 0]
         prefix = max(len(row) - window_size, 0)
-        for h in range(heads if prefix else 0):
-            logits = query[b, h, row[prefix:]].float() @ key[b, h // groups, row].float().T * scale
+        asking = [rank for rank in range(prefix, len(row)) if row[rank] >= first]
+        for h in range(heads if prefix and asking else 0):
+            queries = query[b, h, row[asking] - first].float()
+            logits = queries @ key[b, h // groups, row].float().T * scale
             if softcap is not None:
                 logits = (logits / softcap).tanh() * softcap
-            for t in range(window_size):
-                logits[t, prefix + t + 1 :] = -math.inf
+            for t, rank in enumerate(asking):
+                logits[t, rank + 1 :] = -math.inf
             attention = logits.softmax(-1).mean(0)[:prefix]
             for i in range(prefix):
                 low, high = max(i - kernel_size // 2, 0), i + kernel_size // 2 + 1
@@ -84,9 +88,12 @@ def select(
     attention decides alone.
 
     In a padded batch row ``b`` keeps ``row_budgets[b]`` of its ``real[b]`` positions, in its last
-    slots; the slots before them hold position 0 and mean nothing.
+    slots; the slots before them hold position 0 and mean nothing. Where nothing is cut, nothing
+    moves: a budget of K keeps every position, pads included, where it was.
     """
     batch, kv_heads, kv_len = base.shape
+    if budget == kv_len:
+        return torch.arange(kv_len).expand(batch, kv_heads, kv_len)
     keep = torch.zeros(batch, kv_heads, budget, dtype=torch.int64)
     ratio = exact_share(first_stage_ratio)
     for b in range(batch):

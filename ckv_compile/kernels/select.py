@@ -34,7 +34,7 @@ def select(
         ``[B, Hkv, budget]`` int64, ascending: the window by construction, then stage 1 by
         attention, then stage 2 by ``(attention + epsilon) * norm``. Of equal scores the later
         position stays, on every device. NaN counts as the lowest score. A row that keeps fewer has
-        them in its last slots, and position 0 before.
+        them in its last slots, and position 0 before; at a budget of K all stay where they are.
     """
     # As a fraction: a float product could land on the wrong side of floor(ratio * budget).
     ratio = exact_share(first_stage_ratio)
@@ -59,6 +59,8 @@ def _select(
 ) -> Tensor:
     batch, _, kv_len = base.shape
     positions = torch.arange(kv_len, device=base.device)
+    if budget == kv_len:
+        return positions.expand(base.shape).contiguous()
     if real is None:
         real = torch.ones(1, kv_len, dtype=torch.bool, device=base.device).expand(batch, -1)
     if row_budgets is None:
@@ -74,7 +76,7 @@ def _select(
         keys = _sort_keys(base, kept, real, positions)
         # Keys are distinct, so the threshold lets exactly `first` of them through.
         ordered = keys.sort(dim=-1, descending=True).values
-        kept = keys >= ordered.gather(-1, (first - 1).expand(*base.shape[:2], 1))
+        kept = keys >= ordered.gather(-1, (first - 1).clamp(min=0).expand(*base.shape[:2], 1))
         scores = (base + epsilon) * norm
     best = _sort_keys(scores, kept, real, positions).topk(budget, dim=-1).indices
     unused = torch.arange(budget, device=base.device) >= row_budgets

@@ -23,7 +23,8 @@ def window_attention(
 
     Args:
         query: ``[B, H, Q, D]``, any float dtype.
-        key: ``[B, Hkv, K, D]`` with ``K == Q``: the causal prefill of a fresh cache.
+        key: ``[B, Hkv, K, D]``; the queries are those of the last ``Q`` keys, all in a prefill.
+            Where fewer than ``window_size`` are there, the last of the window score alone.
         scale: SDPA's scale, None for ``1/sqrt(D)``.
         softcap: logits are ``softcap * tanh(logits / softcap)`` (Gemma 2), None for none.
         real: ``[B, K]`` bool, False at pads; None for no pads.
@@ -40,7 +41,9 @@ def window_attention(
     window, prefix = _window(positions, window_size, real)
     # Gathered by index, not sliced: query[:, :, -w:] would add a guard K >= w, hence one graph for
     # short prompts and one for long ones.
-    index = window[:, None, :, None].expand(batch, heads, window_size, head_dim)
+    first = kv_len - query.shape[2]  # the first query's position
+    index = (window - first).clamp(min=0)[:, None, :, None]
+    index = index.expand(batch, heads, window_size, head_dim)
     rows = query.gather(2, index).float() * scale  # [B, H, W, D]
     rows = rows.reshape(batch, kv_heads, groups * window_size, head_dim)
     logits = rows @ key.float().transpose(-1, -2)  # [B, Hkv, G*W, K]
@@ -50,7 +53,12 @@ def window_attention(
     hidden = positions > window[:, None, :, None]  # [1 or B, 1, W, K]
     if real is not None:
         hidden = hidden | ~real[:, None, None]
-    attention = _softmax(logits.masked_fill(hidden, -math.inf)).mean(2)  # [B, H, K]
+    attention = _softmax(logits.masked_fill(hidden, -math.inf))
+    if first == 0:
+        attention = attention.mean(2)  # [B, H, K]
+    else:
+        asked = (window >= first)[:, None, :, None]
+        attention = (attention * asked).sum(2) / asked.sum(2).clamp(min=1)
     attention = attention.masked_fill(~prefix, -math.inf)
     # max_pool1d specialises a symbolic length; the two-dimensional op does not. It pads with -inf.
     pooled = F.max_pool2d(

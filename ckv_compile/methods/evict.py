@@ -38,11 +38,13 @@ class EvictKV(nn.Module):
         capacity: Tensor | None = None,
         padding: Tensor | None = None,
         row_budgets: Tensor | None = None,
+        gap: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """``[B, Hkv, K, D]`` to ``[B, Hkv, budget, D]``; the size of ``capacity`` is the budget.
 
         ``padding`` ``[B, K]`` is false at pads; row ``b`` then keeps ``row_budgets[b]`` entries, in
-        its last slots.
+        its last slots. With ``gap`` its first columns, as many as the size of ``gap`` minus 2, are
+        of tokens that an earlier eviction has taken.
         """
         kv_len = key.shape[2]
         if capacity is None:
@@ -50,6 +52,8 @@ class EvictKV(nn.Module):
         else:
             budget = torch.sym_min(capacity.shape[0], kv_len)
         real = None if padding is None else padding.bool()
+        if real is not None and gap is not None:
+            real = real.narrow(1, gap.shape[0] - 2, kv_len)
         inputs = ScoreInputs(
             query, key, value, o_proj_weight, self.in_out, scale, softcap, self.config, real
         )

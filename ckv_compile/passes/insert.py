@@ -13,7 +13,7 @@ from torch.fx import GraphModule, Node
 
 from ..config import EvictionConfig
 from ..methods.evict import EvictKV
-from ..site import AttentionSite, Reason, Rejection
+from ..site import AttentionSite, Phase, Reason, Rejection
 from . import vocabulary as vocab
 from .axes import chain_above
 
@@ -24,11 +24,13 @@ def capacity_marker(
     tokens: torch.Tensor,
     padding: torch.Tensor | None = None,
     row_budgets: torch.Tensor | None = None,
+    gap: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Make ``capacity`` (empty, its size the budget for ``tokens``) an input of the traced graph.
 
-    ``row_budgets`` ``[B]`` are the budgets of the rows that the mask ``padding`` ``[B, K]`` pads;
-    both None without padding.
+    ``row_budgets`` ``[B]`` are the budgets of the rows that the mask ``padding`` pads; both None
+    without padding. ``gap`` is None for a fresh prefill; else ``tokens`` come behind what an
+    eviction left, its size minus 2 tokens are missing there, and ``padding`` counts them.
 
     A budget that is an input costs no second compile when it changes. The pass takes the marker
     out again, so it never runs in a graph that we compile; elsewhere it does nothing.
@@ -42,6 +44,7 @@ def _(
     tokens: torch.Tensor,
     padding: torch.Tensor | None = None,
     row_budgets: torch.Tensor | None = None,
+    gap: torch.Tensor | None = None,
 ) -> torch.Tensor:
     return capacity.new_empty(0)
 
@@ -54,11 +57,17 @@ class Capacity:
     tokens: Node | None
     padding: Node | None = None
     row_budgets: Node | None = None
+    gap: Node | None = None
+
+    @property
+    def phase(self) -> Phase:
+        """Which calls the budget is for."""
+        return "prefill" if self.gap is None else "continuation"
 
     def fits(self, site: AttentionSite) -> bool:
         """Whether the site caches exactly the tokens that the budget counts."""
         shape = vocab.shape_of(self.tokens)
-        return shape is not None and len(shape) > 1 and vocab.known(shape[1] == site.kv_len)
+        return shape is not None and len(shape) > 1 and vocab.known(shape[1] == site.q_len)
 
     def counts_rows_of(self, site: AttentionSite) -> bool:
         """Whether the rows were counted on the very mask that pads this site; neither is as well.
@@ -67,7 +76,9 @@ class Capacity:
         """
         if site.padding is None:
             return self.padding is None
-        return chain_above(site.padding)[-1] is self.padding and self.fits(site)
+        gap = vocab.shape_of(self.gap)
+        aligned = gap is None or vocab.known(gap[0] - 2 == site.padding_offset)
+        return aligned and chain_above(site.padding)[-1] is self.padding and self.fits(site)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +111,7 @@ def without_uncounted_rows(
     A cache that does not follow its rows would show pads to later tokens: wrong, silently.
     """
     rows = capacity or Capacity(None, None)
-    refused = [s for s in sites if s.phase == "prefill" and not rows.counts_rows_of(s)]
+    refused = [s for s in sites if s.phase == rows.phase and not rows.counts_rows_of(s)]
     reasons = tuple(
         Rejection(
             site.sdpa,
@@ -120,19 +131,20 @@ def insert_eviction(
     config: EvictionConfig,
     capacity: Capacity | None = None,
 ) -> tuple[Inserted, ...]:
-    """Add ``ckv_evict_i(query, key, value, o_proj_weight, scale)`` behind each prefill site.
+    """Add ``ckv_evict_i(query, key, value, o_proj_weight, scale)`` behind each site of a prefill.
 
     before: ``k, v -> sdpa -> .. -> linear``; the graph returns ``k, v``
     after:  the same, ``k', v' = ckv_evict_i(q, k, v, W_O, ..)``; it returns ``k', v'``
 
-    Attention in this call still reads all of K and V; only what the cache keeps is cut. A graph
+    Attention in this call still reads all of K and V; only what the cache keeps is cut. A later
+    piece of a prompt is cut like its first one, if the ``capacity`` says so. A graph
     that has eviction nodes already is left as it is, so a second run inserts nothing.
     """
-    prefills = [site for site in sites if site.phase == "prefill"]
+    cut = [site for site in sites if site.phase == (capacity or Capacity(None, None)).phase]
     done = any(isinstance(module, EvictKV) for module in gm.modules())
     if done or (config.budget.keeps_everything and capacity is None):  # type: ignore[union-attr]
-        prefills = []
-    inserted = tuple(_insert(gm, site, config, capacity) for site in prefills)
+        cut = []
+    inserted = tuple(_insert(gm, site, config, capacity) for site in cut)
     gm.graph.lint()
     gm.recompile()
     return inserted
@@ -149,8 +161,8 @@ def _insert(
     args = (site.query, *kv, site.projection.weight, site.scale, site.softcap)
     if given:
         assert capacity is not None
-        padded = () if site.padding is None else (site.padding, capacity.row_budgets)
-        args = (*args, capacity.node, *padded)
+        padded = (site.padding, capacity.row_budgets, capacity.gap)
+        args = (*args, capacity.node, *(padded if site.padding is not None else ()))
     graph = gm.graph
     with graph.inserting_after(site.projection.node):
         node = graph.call_module(name, args)

@@ -29,13 +29,16 @@ class Index:
 class Mask:
     """True where attention may look. ``layout`` says along which dimensions it varies (B, Q, K).
 
-    ``padding`` is the 2-D tensor ``[B, K]`` whose false entries hide keys, if there is one.
+    Causal: query ``i`` sees the keys up to ``i + shift``. ``padding`` is the 2-D tensor whose false
+    entries hide keys, if there is one: row ``b``, column ``padding_offset + j`` for key ``j``.
     ``additive``: zero where True and very negative elsewhere, to be added to the logits.
     """
 
     layout: Layout
     is_causal: bool = False
+    shift: Any = 0
     padding: Node | None = None
+    padding_offset: Any = 0
     additive: bool = False
 
 
@@ -47,7 +50,7 @@ def read_mask(node: Node, q_len: Any, kv_len: Any, *, additive: bool) -> Mask | 
     if mask.additive != additive:
         return f"mask {node.name} is {'added' if additive else 'a condition'}, not so built"
     names, shape = names_of(mask.layout), vocab.shape_of(node) or ()
-    if not mask.is_causal:
+    if not mask.is_causal or not vocab.known(mask.shift == kv_len - q_len):
         return f"mask {node.name} is not causal"
     if len(shape) < 2 or names[-2:] != ("Q", "K") or any(n not in ("", "B") for n in names[:-2]):
         return f"mask {node.name} has axes {text_of(mask.layout)}, not [.., Q, K]"
@@ -132,10 +135,9 @@ def _causal(key: Index | Mask | None, query: Index | Mask | None) -> Mask | None
     """``key position <= query position``, whichever dimensions hold them."""
     if not isinstance(key, Index) or not isinstance(query, Index):
         return None
-    if not vocab.known(key.offset == query.offset):
-        return None
     layout = _merged(_relabelled(key.layout, "K"), _relabelled(query.layout, "Q"))
-    return None if layout is None else Mask(layout, is_causal=True)
+    shift = query.offset - key.offset
+    return None if layout is None else Mask(layout, is_causal=True, shift=shift)
 
 
 def _padding(node: Node, seen: dict[Node, Index | Mask | None]) -> Mask | None:
@@ -146,10 +148,10 @@ def _padding(node: Node, seen: dict[Node, Index | Mask | None]) -> Mask | None:
     batch, key = (_read(item, seen) for item in index)
     if not isinstance(batch, Index) or not isinstance(key, Index):
         return None
-    if not (vocab.known(batch.offset == 0) and vocab.known(key.offset == 0)):
+    if not vocab.known(batch.offset == 0):
         return None
     layout = _merged(_relabelled(batch.layout, "B"), _relabelled(key.layout, "K"))
-    return None if layout is None else Mask(layout, padding=base)
+    return None if layout is None else Mask(layout, padding=base, padding_offset=key.offset)
 
 
 def _both(first: Index | Mask | None, second: Index | Mask | None) -> Mask | None:
@@ -159,7 +161,12 @@ def _both(first: Index | Mask | None, second: Index | Mask | None) -> Mask | Non
     twice = first.padding is not None and second.padding is not None
     if layout is None or twice or first.additive or second.additive:
         return None
-    return Mask(layout, first.is_causal or second.is_causal, first.padding or second.padding)
+    if first.is_causal and second.is_causal and not vocab.known(first.shift == second.shift):
+        return None
+    causal, padded = (first if first.is_causal else second), (second if second.padding else first)
+    return Mask(
+        layout, causal.is_causal, causal.shift, padded.padding, padded.padding_offset
+    )
 
 
 def _relabelled(layout: Layout, name: str) -> Layout:

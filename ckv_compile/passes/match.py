@@ -13,7 +13,7 @@ from ..site import AttentionSite, Phase, Projection, Reason, Rejection
 from . import vocabulary as vocab
 from .attention import Attention, find_attentions
 from .axes import Layout, chain_above, follow, labelled, names_of, text_of, through
-from .masks import read_mask
+from .masks import Mask, read_mask
 
 
 class _Refused(Exception):
@@ -33,7 +33,11 @@ class _Cached:
 
 
 def match_sites(
-    gm: GraphModule, *, training: bool = False, grad_enabled: bool = False
+    gm: GraphModule,
+    *,
+    training: bool = False,
+    grad_enabled: bool = False,
+    cut: Phase = "prefill",
 ) -> tuple[tuple[AttentionSite, ...], tuple[Rejection, ...]]:
     """Every attention of ``gm``, as a site or as a rejection.
 
@@ -41,6 +45,7 @@ def match_sites(
         gm: a Dynamo graph with example values (static or symbolic shapes).
         training: whether the model is in training mode, where the caller knows.
         grad_enabled: whether autograd records.
+        cut: the calls that leave a cut cache; of others less has to be understood.
     """
     sites: list[AttentionSite] = []
     rejections: list[Rejection] = []
@@ -54,13 +59,15 @@ def match_sites(
                 raise _Refused(node, Reason.GRADIENTS, "autograd records this call")
             if isinstance(found, Rejection):
                 raise _Refused(found.node, found.reason, found.detail)
-            sites.append(_site_of(gm, found, len(sites), name))
+            sites.append(_site_of(gm, found, len(sites), name, cut))
         except _Refused as refused:
             rejections.append(dataclasses.replace(refused.rejection, name=name))
     return _without_shared_caches(sites, rejections)
 
 
-def _site_of(gm: GraphModule, attention: Attention, index: int, name: str) -> AttentionSite:
+def _site_of(
+    gm: GraphModule, attention: Attention, index: int, name: str, cut: Phase
+) -> AttentionSite:
     node = attention.output
     if attention.dropout_p != 0:
         raise _Refused(node, Reason.DROPOUT, f"attention dropout is {attention.dropout_p}")
@@ -78,11 +85,14 @@ def _site_of(gm: GraphModule, attention: Attention, index: int, name: str) -> At
         detail = f"{heads} heads over {num_key_value_heads} K and {cache_value.shape[1]} V heads"
         raise _Refused(node, Reason.OPERANDS, detail)
     phase = _phase_of(q_len, kv_len)
-    mask_kind, padding = _mask_of(attention, q_len, kv_len, phase)
+    if phase == cut and not (cache_key.outputs and cache_value.outputs):
+        detail = f"{cache_key.node.name} is a part of a buffer that is written in place"
+        raise _Refused(node, Reason.CACHE_NOT_FOUND, detail)
+    mask_kind, mask = _mask_of(attention, q_len, kv_len, phase, cut)
     for cached in (cache_key, cache_value):
         same = vocab.known(cached.shape[0] == batch) and vocab.known(cached.shape[2] == kv_len)
         # K and V of a later call carry the lengths of two cache tensors: two symbols.
-        if phase == "prefill" and not same:
+        if phase == cut and not same:
             detail = f"{cached.node.name} is {cached.shape} for batch {batch} and {kv_len} keys"
             raise _Refused(node, Reason.OPERANDS, detail)
     return AttentionSite(
@@ -110,7 +120,8 @@ def _site_of(gm: GraphModule, attention: Attention, index: int, name: str) -> At
         kv_len=kv_len,
         phase=phase,
         mask_kind=mask_kind,
-        padding=padding,
+        padding=mask.padding,
+        padding_offset=mask.padding_offset,
     )
 
 
@@ -187,6 +198,11 @@ def _cached(gm: GraphModule, operand: Node, axes: Reason) -> _Cached:
         outputs = tuple(i for i, value in enumerate(returned) if value is node)
         if outputs:
             return _checked_cache(operand, node, outputs, chain[:depth][::-1], axes)
+    root = chain[-1]
+    source = root.args[0] if root.args else None
+    sliced = isinstance(source, Node) and vocab.is_slice_of(root, source)
+    if _is_written(source if sliced else root):
+        return _checked_cache(operand, root, (), chain[:-1][::-1], axes)
     for node in chain:
         for user in node.users:
             if vocab.is_slice_of(user, node) and user in returned:
@@ -202,11 +218,10 @@ def _checked_cache(
     shape = vocab.shape_of(node)
     if shape is None or len(shape) != 4 or not isinstance(shape[1], int):
         raise _Refused(operand, axes, f"the cache tensor {node.name} has shape {shape}")
-    for user in node.users:
-        # The eviction node would copy what was there before, or after: it cannot know.
-        if vocab.is_in_place(user) and user.args[0] is node:
-            detail = f"{node.name} is written in place by {user.name}"
-            raise _Refused(operand, Reason.CACHE_NOT_FOUND, detail)
+    # The eviction node would copy what was there before, or after: it cannot know.
+    if outputs and _is_written(node):
+        detail = f"{node.name} is written in place"
+        raise _Refused(operand, Reason.CACHE_NOT_FOUND, detail)
     layout = follow(labelled("BhKD", shape), path)
     names = None if layout is None else names_of(layout)
     batch, heads, kv_len, head_dim = names_of(labelled("BhKD", shape))
@@ -216,24 +231,30 @@ def _checked_cache(
     return _Cached(node, outputs, shape)
 
 
+def _is_written(node: Node) -> bool:
+    """Whether an op writes to the tensor in place."""
+    return any(vocab.is_in_place(user) and user.args[0] is node for user in node.users)
+
+
 def _mask_of(
-    attention: Attention, q_len: Any, kv_len: Any, phase: Phase
-) -> tuple[str, Node | None]:
-    """The mask in a word, and its padding. Only a prefill is evicted: only there it is read."""
+    attention: Attention, q_len: Any, kv_len: Any, phase: Phase, cut: Phase
+) -> tuple[str, Mask]:
+    """The mask in a word, and what it says. It is only read where the cache is cut."""
     node, attn_mask = attention.output, attention.attn_mask
-    if phase != "prefill":
-        return ("none" if attn_mask is None else "tensor"), None
+    if phase != cut:
+        return ("none" if attn_mask is None else "tensor"), Mask(())
     if attn_mask is None:
-        if attention.is_causal is not True:
+        # SDPA aligns is_causal with the first key: only for equal lengths that is what we mean.
+        if attention.is_causal is not True or phase != "prefill":
             raise _Refused(node, Reason.NOT_CAUSAL, "every query sees every key")
-        return "is_causal", None
+        return "is_causal", Mask((), is_causal=True)
     if attention.is_causal is True or not isinstance(attn_mask, Node):
         detail = f"mask {attn_mask} with is_causal={attention.is_causal}"
         raise _Refused(node, Reason.MASK_UNREADABLE, detail)
     mask = read_mask(attn_mask, q_len, kv_len, additive=attention.additive)
     if isinstance(mask, str):
         raise _Refused(attn_mask, Reason.MASK_UNREADABLE, mask)
-    return ("causal tensor" if mask.padding is None else "causal, padded"), mask.padding
+    return ("causal tensor" if mask.padding is None else "causal, padded"), mask
 
 
 def _without_shared_caches(

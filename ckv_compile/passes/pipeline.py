@@ -32,7 +32,12 @@ def rewrite(
     """Cut the caches that ``gm`` returns to the budget, in place."""
     # The budget may come as an input of the graph; its marker must go before anything else reads.
     capacity = take_capacity(gm)
-    sites, rejections = match_sites(gm, training=training, grad_enabled=grad_enabled)
+    sites, rejections = match_sites(
+        gm,
+        training=training,
+        grad_enabled=grad_enabled,
+        cut="prefill" if capacity is None else capacity.phase,
+    )
     sites, rejections = without_uncounted_rows(sites, rejections, capacity)
     before = outputs_of(gm)
     inserted = insert_eviction(gm, sites, config, capacity)

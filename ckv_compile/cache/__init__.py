@@ -1,0 +1,45 @@
+"""Caches that know how many tokens they have seen, not only how many they hold.
+
+The only room that knows transformers; nobody imports it before transformers itself is loaded.
+"""
+
+from transformers import DynamicCache
+
+from .evicted import (
+    EvictedCache,
+    adopt,
+    cache_for,
+    can_cut_again,
+    finish_prompt,
+    first_layer,
+    follows_rows,
+    in_prompt,
+    is_fixed,
+    physical_mask,
+    self_attention_of,
+    settle,
+    takes_back,
+    writing,
+)
+from .files import fingerprint_of
+from .layers import EvictedLayer
+
+__all__ = [
+    "DynamicCache",
+    "EvictedCache",
+    "EvictedLayer",
+    "adopt",
+    "cache_for",
+    "can_cut_again",
+    "fingerprint_of",
+    "finish_prompt",
+    "first_layer",
+    "follows_rows",
+    "in_prompt",
+    "is_fixed",
+    "physical_mask",
+    "self_attention_of",
+    "settle",
+    "takes_back",
+    "writing",
+]

@@ -1,0 +1,269 @@
+"""The cache as a whole, and what a call does to it before and after it runs."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache, EncoderDecoderCache
+from transformers.cache_utils import DynamicLayer
+
+from . import files
+from .layers import EvictedLayer, FixedLayer
+
+
+class EvictedCache(DynamicCache):
+    """A ``DynamicCache`` whose full-attention layers remember their logical length.
+
+    ``optimize`` passes one in where the caller passes none, and turns the empty full-attention
+    layers of a caller's own ``DynamicCache`` into such layers.
+
+    Args:
+        config: of the model; without it layers are made as they are first used.
+        max_new_tokens: if given, the tensors take this many tokens behind the prompt and keep
+            their address and shape while they fill, as CUDA graphs need it; one more is a
+            ``ValueError``. By default they grow by blocks.
+    """
+
+    def __init__(
+        self, config: Any = None, *, max_new_tokens: int | None = None, **kwargs: Any
+    ) -> None:
+        if max_new_tokens is not None and (
+            isinstance(max_new_tokens, bool)
+            or not isinstance(max_new_tokens, int)
+            or max_new_tokens < 1
+        ):
+            raise ValueError(f"max_new_tokens={max_new_tokens!r}; it takes an int >= 1, or None")
+        super().__init__(config=config, **kwargs)
+        adopt(self, max_new_tokens)
+        # Of the model that filled the cache; ``compress`` notes it, ``load`` compares it.
+        self.fingerprint = ""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of storage that the keys and values of all layers hold, room to grow included."""
+        tensors = [t for layer in self.layers for t in _tensors(layer)]
+        return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+
+    def get_query_offset(self, layer_idx: int = 0) -> Any:
+        """Where the next query stands among the keys of ``get_mask_sizes``."""
+        layer = self.layers[layer_idx] if layer_idx < len(self.layers) else None
+        if isinstance(layer, FixedLayer) and layer.is_fixed:
+            return layer.filled
+        return super().get_query_offset(layer_idx)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the cache to one safetensors file.
+
+        Raises:
+            ValueError: the cache is empty, or has layers of another kind (sliding windows, say).
+        """
+        files.write(path, self.layers, self.fingerprint)
+
+    @classmethod
+    def load(
+        cls, path: str | os.PathLike[str], model: Any = None, device: str = "cpu"
+    ) -> EvictedCache:
+        """Read a cache that ``save`` wrote.
+
+        Args:
+            model: if given, it must be the one that filled the cache.
+            device: where the tensors go.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is damaged, of another kind or version, or of another model.
+        """
+        cache = cls()
+        cache.layers, cache.fingerprint = files.read(path, model, device)
+        _share_sizes(cache)
+        return cache
+
+
+def _tensors(layer: Any) -> Iterator[Tensor]:
+    if isinstance(layer, EvictedLayer):
+        yield from layer.tensors()
+    else:
+        named = (getattr(layer, name, None) for name in ("keys", "values"))
+        yield from (tensor for tensor in named if tensor is not None)
+
+
+def adopt(cache: Any, max_new_tokens: int | None = None) -> None:
+    """Give an empty ``DynamicCache`` layers that remember their logical length, in place."""
+    if not isinstance(cache, DynamicCache):
+        return
+    made: Any = EvictedLayer
+    if max_new_tokens is not None:
+        made = functools.partial(FixedLayer, max_new_tokens)
+    for i, layer in enumerate(cache.layers):
+        if type(layer) is DynamicLayer and layer.get_seq_length() == 0:
+            cache.layers[i] = made()
+    if cache.layer_class_to_replicate is DynamicLayer:
+        cache.layer_class_to_replicate = made
+
+
+def follows_rows(cache: Any) -> bool:
+    """Whether the cache's full-attention layers can hold rows of different lengths."""
+    # A class in place of DynamicLayer is ours: ``adopt`` has been here.
+    made_later = getattr(cache, "layer_class_to_replicate", None) not in (None, DynamicLayer)
+    return bool(evicted_layers(cache)) or made_later
+
+
+def evicted_layers(cache: Any) -> list[EvictedLayer]:
+    return [layer for layer in cache.layers if isinstance(layer, EvictedLayer)]
+
+
+def first_layer(cache: Any) -> EvictedLayer | None:
+    """The first layer in use that may be cut: it speaks for all of them."""
+    return next((layer for layer in evicted_layers(cache) if layer.is_initialized), None)
+
+
+def _share_sizes(cache: Any) -> None:
+    """One tensor for all layers with the same number: one input of a graph, one symbol."""
+    for name in ("gap", "count"):
+        shared: dict[int, Tensor] = {}
+        for layer in evicted_layers(cache):
+            size = getattr(layer, name)
+            if size is not None:
+                setattr(layer, name, shared.setdefault(size.shape[0], size))
+
+
+@contextlib.contextmanager
+def writing(cache: Any, q_len: int, *, cutting: bool) -> Iterator[None]:
+    """Around a call that brings ``q_len`` tokens: room before it, and on an error no trace of it.
+
+    Args:
+        cutting: whether the pass cuts what the call leaves in the cache.
+    """
+    made, layers = len(cache.layers), evicted_layers(cache)
+    before = [dict(vars(layer)) for layer in layers]
+    try:
+        for layer in layers:
+            layer.call = "cut" if cutting else "append"
+            layer.reserve(q_len)
+        _share_sizes(cache)
+        yield
+    except BaseException:
+        del cache.layers[made:]
+        for layer, state in zip(layers, before, strict=True):
+            vars(layer).clear()
+            vars(layer).update(state)
+            if isinstance(layer, FixedLayer):
+                layer.rewind()
+        raise
+    for layer in evicted_layers(cache):
+        if isinstance(layer, FixedLayer):
+            layer.advance(q_len)
+        layer.call = ""
+
+
+def takes_back(cache: Any) -> bool:
+    """Whether tokens may be taken back after a call, as assisted decoding does."""
+    return any(layer.record_past for layer in evicted_layers(cache))
+
+
+def in_prompt(cache: Any) -> bool:
+    """Whether several more tokens would be the next piece of a prompt that is fed in pieces.
+
+    A prompt ends with the first single token that follows it, when ``compress`` returns, or when
+    tokens are taken back (assisted decoding, ``crop``).
+    """
+    layer = first_layer(cache)
+    return layer is None or not (layer.complete or takes_back(cache))
+
+
+def finish_prompt(cache: Any) -> None:
+    """What comes now is no piece of the prompt."""
+    for layer in evicted_layers(cache):
+        layer.complete = True
+
+
+def can_cut_again(cache: Any) -> bool:
+    """Whether all layers were cut alike: only then one budget and one mask serve them all."""
+    layers = [layer for layer in evicted_layers(cache) if layer.is_initialized]
+    alike = {(layer.held, layer.evicted) for layer in layers}
+    return len(alike) == 1 and all(layer.gap is not None for layer in layers)
+
+
+def settle(
+    cache: Any,
+    prompt_len: int,
+    window_size: int,
+    real: Tensor | None,
+    row_budgets: Tensor | None,
+) -> None:
+    """After a cut: tell each layer how many tokens it has seen.
+
+    Args:
+        window_size: the last tokens, all of which are held.
+        real: ``[B, K]`` bool, False at the pads among what was held before the cut.
+        row_budgets: ``[B]`` entries that each row of a padded batch kept, in the last slots.
+    """
+    for layer in evicted_layers(cache):
+        if not layer.is_initialized:
+            continue
+        held, valid = layer.held, real
+        # A layer that kept all its entries has them where they were.
+        if real is not None and row_budgets is not None and held < real.shape[1]:
+            slots = torch.arange(held, device=row_budgets.device)
+            valid = slots >= held - row_budgets[:, None]
+        layer.settle(prompt_len, window_size, valid)
+    _share_sizes(cache)
+
+
+def is_fixed(cache: Any) -> bool:
+    """Whether the running call sees slots that are not in use: their mask must stay."""
+    layer = first_layer(cache)
+    return isinstance(layer, FixedLayer) and layer.is_fixed
+
+
+def physical_mask(cache: Any, attention_mask: Tensor | None, q_len: int) -> Tensor | None:
+    """The caller's 2-D mask over all tokens seen, made to fit what the cache holds.
+
+    transformers reads the columns from ``get_mask_sizes``' offset on, one for each entry held:
+    those of the kept prompt say which slots a row really filled. Without a mask all tokens are
+    real, but not all slots need be.
+    """
+    layer = first_layer(cache)
+    if layer is None:
+        return attention_mask
+    if attention_mask is None:
+        if layer.valid is None and not is_fixed(cache):
+            return None
+        rows, seen = layer.keys.shape[0], layer.get_seq_length() + q_len
+        attention_mask = torch.ones(rows, seen, dtype=torch.int64, device=layer.device)
+    if attention_mask.shape[1] < layer.prompt_len:
+        return attention_mask
+    rows = attention_mask.shape[0]
+    length, offset = layer.get_mask_sizes(q_len)
+    kept = attention_mask[:, : layer.prompt_len]
+    if layer.evicted:
+        kept = attention_mask.new_ones(rows, offset + layer.prompt_len - layer.evicted)
+    if layer.valid is not None:
+        kept = torch.cat([kept[:, :offset], layer.valid.to(kept.dtype)], dim=1)
+    since = attention_mask[:, layer.prompt_len :]
+    unused = offset + length - kept.shape[1] - since.shape[1]
+    return torch.cat([kept, since, since.new_zeros(rows, max(unused, 0))], dim=1)
+
+
+def cache_for(model: Any) -> Cache | None:
+    """A new cache for a model that would make itself a ``DynamicCache``; None for any other."""
+    config = getattr(model, "config", None)
+    supports = getattr(model, "_supports_default_dynamic_cache", None)
+    if config is None or supports is None or not supports():
+        return None
+    if getattr(config, "is_encoder_decoder", False):
+        return EncoderDecoderCache(EvictedCache(config=config), DynamicCache(config=config))
+    return EvictedCache(config=config)
+
+
+def self_attention_of(cache: Any) -> Any:
+    """The part of a cache that grows by the decoder's tokens; None for what is no cache."""
+    if isinstance(cache, EncoderDecoderCache):
+        return cache.self_attention_cache
+    return cache if isinstance(cache, Cache) else None

@@ -1,0 +1,94 @@
+"""A cache in one safetensors file, and back; whatever else a file holds is refused."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .layers import EvictedLayer, sized
+
+_FORMAT, _VERSION = "ckv_compile.EvictedCache", 1
+
+
+def write(path: str | os.PathLike[str], layers: list[Any], fingerprint: str) -> None:
+    """See ``EvictedCache.save``."""
+    for i, layer in enumerate(layers):
+        if not isinstance(layer, EvictedLayer):
+            raise ValueError(f"layer {i} is a {type(layer).__name__}, which cannot be saved")
+    if not layers or not all(layer.is_initialized for layer in layers):
+        raise ValueError("the cache is empty: there is nothing to save")
+    tensors = {}
+    states = []
+    for i, layer in enumerate(layers):
+        for name in ("keys", "values", "valid"):
+            tensor = getattr(layer, name)
+            if tensor is not None:
+                tensors[f"{i}.{name}"] = tensor.contiguous()
+        states.append([layer.evicted, layer.thinned, layer.prompt_len])
+    metadata = {
+        "format": _FORMAT,
+        "version": str(_VERSION),
+        "fingerprint": fingerprint,
+        "layers": json.dumps(states),
+    }
+    # Written beside and renamed: an interrupted save leaves the old file whole.
+    partial = f"{os.fspath(path)}.partial"
+    save_file(tensors, partial, metadata)
+    os.replace(partial, path)
+
+
+def read(
+    path: str | os.PathLike[str], model: Any, device: str
+) -> tuple[list[EvictedLayer], str]:
+    """Layers and fingerprint; see ``EvictedCache.load``."""
+    where = os.fspath(path)
+    if not os.path.exists(where):
+        raise FileNotFoundError(f"{where}: no such cache file")
+    try:
+        with safe_open(where, "pt", device=device) as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{where}: not a whole safetensors file ({error})") from None
+    if metadata.get("format") != _FORMAT:
+        raise ValueError(f"{where}: not a cache of ckv_compile")
+    if metadata.get("version") != str(_VERSION):
+        raise ValueError(
+            f"{where}: cache format {metadata.get('version')}, this is version {_VERSION}"
+        )
+    if model is not None and metadata["fingerprint"] != fingerprint_of(model):
+        raise ValueError(f"{where}: the cache was filled by another model or other weights")
+    states = enumerate(json.loads(metadata["layers"]))
+    layers = [_layer(where, i, state, tensors) for i, state in states]
+    return layers, metadata["fingerprint"]
+
+
+def fingerprint_of(model: Any) -> str:
+    """A hash of the names, shapes, dtypes and first values of a model's parameters."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+        values = parameter.detach().flatten()[:8].float().cpu()
+        digest.update(values.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _layer(where: str, index: int, state: list[int], tensors: dict[str, Tensor]) -> EvictedLayer:
+    keys, values = (tensors.get(f"{index}.{name}") for name in ("keys", "values"))
+    evicted, thinned, prompt_len = state
+    if keys is None or values is None or keys.dim() != 4 or keys.shape[:3] != values.shape[:3]:
+        raise ValueError(f"{where}: layer {index} has no matching keys and values")
+    layer = EvictedLayer()
+    layer.lazy_initialization(keys, values)
+    layer.keys, layer.values, layer.valid = keys, values, tensors.get(f"{index}.valid")
+    layer.gap = sized(evicted, keys.device)
+    layer.thinned, layer.prompt_len, layer.complete = thinned, prompt_len, True
+    if layer.valid is not None and layer.valid.shape[0] != keys.shape[0]:
+        raise ValueError(f"{where}: layer {index} has rows that do not match")
+    return layer

@@ -1,0 +1,367 @@
+"""One layer of a cache: what it holds, where, and how many tokens it has seen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicLayer
+
+# A buffer grows by this many tokens at least: what it holds is copied once in so many steps.
+_BLOCK = 128
+
+
+def sized(number: int, device: Any = None) -> Tensor:
+    """A number as the size of an empty tensor: Dynamo would compile once for each plain int.
+
+    Plus 2, for it specialises the sizes 0 and 1.
+    """
+    return torch.empty(number + 2, 0, device=device)
+
+
+def number_of(size: Tensor) -> int:
+    """What ``sized`` holds; a symbol where it is traced."""
+    return size.shape[0] - 2
+
+
+class EvictedLayer(DynamicLayer):
+    """A dense cache layer ``[B, Hkv, K, D]`` that remembers its logical length.
+
+    After an eviction it holds fewer entries than it has seen tokens: ``get_seq_length`` and all
+    positions count the tokens, ``get_mask_sizes`` gives what is held and where it stands, as
+    transformers' sliding-window layers do. Kept entries stay in temporal order.
+
+    New tokens are written in place behind those held: the tensors are longer than that, by blocks,
+    and ``reserve`` lengthens them between two calls. ``keys`` and ``values`` are the part in use.
+    """
+
+    def __init__(self, **_: Any) -> None:
+        self._keys: Tensor | None = None
+        self._values: Tensor | None = None
+        # Entries in use of a longer buffer, see ``sized``; None where all of it is.
+        self.count: Tensor | None = None
+        super().__init__()
+        # Tokens seen and not held, see ``sized``.
+        self.gap: Tensor | None = None
+        # [B, kept] bool, False where a shorter row of a padded batch keeps fewer entries.
+        self.valid: Tensor | None = None
+        # Entries before the observation window: here tokens are missing in between.
+        self.thinned = 0
+        self.prompt_len = 0
+        # Whether the next tokens may still be a piece of the prompt; see ``in_prompt``.
+        self.complete = False
+        # Whether tokens may be taken back, as assisted decoding does: they are no piece of a prompt.
+        self.record_past = False
+        # What an optimised model's running call does: "append", or "cut", for which the pass needs
+        # new tensors. "" outside of one: whoever calls then knows nothing of slots and gaps.
+        self.call = ""
+
+    @property
+    def keys(self) -> Any:
+        """Keys held, ``[B, Hkv, K, D]``, a view of the buffer; None before the first call."""
+        return self._in_use(self._keys)
+
+    @keys.setter
+    def keys(self, tensor: Tensor | None) -> None:
+        self._keys, self.count = tensor, None
+
+    @property
+    def values(self) -> Any:
+        """Values held, as ``keys``."""
+        return self._in_use(self._values)
+
+    @values.setter
+    def values(self, tensor: Tensor | None) -> None:
+        self._values = tensor
+
+    def _in_use(self, buffer: Tensor | None) -> Tensor | None:
+        if buffer is None or self.count is None:
+            return buffer
+        return buffer[:, :, : number_of(self.count)]
+
+    @property
+    def held(self) -> int:
+        """Entries held."""
+        if self._keys is None:
+            return 0
+        return self._keys.shape[-2] if self.count is None else number_of(self.count)
+
+    @property
+    def evicted(self) -> int:
+        """Tokens seen and no longer held."""
+        return 0 if self.gap is None else number_of(self.gap)
+
+    def get_seq_length(self) -> int:
+        """Tokens seen, held or not."""
+        return self.held + self.evicted
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Keys that the next call attends to, and the position of the first of them."""
+        return self.held + query_length, self.evicted
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append ``[B, Hkv, Q, D]``; returns all that attention is to read."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        if self.valid is not None and not self.call:
+            raise RuntimeError(
+                "this cache holds the cut rows of a padded batch, which only the optimised model "
+                "can tell apart; call it after ckv_compile.optimize(model)"
+            )
+        if self._keys is None:
+            # Copied: they may be views of a projection of Q, K and V in one.
+            self._keys = key_states.clone(memory_format=torch.contiguous_format)
+            self._values = value_states.clone(memory_format=torch.contiguous_format)
+            return self._keys, self._values
+        if self.count is not None and self.call != "cut":
+            start = number_of(self.count)
+            end = start + key_states.shape[-2]
+            if end <= self._keys.shape[-2]:
+                self._keys[:, :, start:end] = key_states
+                self._values[:, :, start:end] = value_states
+                self.count = self.count.new_empty(end + 2, 0)
+                return self.keys, self.values
+        keys, values = self.keys, self.values
+        self.count = None
+        self._keys = torch.cat([keys, key_states], dim=-2)
+        self._values = torch.cat([values, value_states], dim=-2)
+        return self._keys, self._values
+
+    def reserve(self, q_len: int) -> None:
+        """Make room for ``q_len`` more tokens: inside a graph that would copy at every step."""
+        if self._keys is None:
+            return
+        needed = self.held + q_len
+        if self.count is None or needed > self._keys.shape[-2]:
+            self._grow(-(-needed // _BLOCK) * _BLOCK)
+
+    def _grow(self, length: int) -> None:
+        held = self.held
+        self._keys, self._values = (
+            _lengthened(buffer, held, length) for buffer in (self._keys, self._values)
+        )
+        self.count = sized(held, self._keys.device)
+
+    def settle(self, prompt_len: int, window_size: int, valid: Tensor | None) -> None:
+        """Note what an eviction at ``prompt_len`` tokens has left, its window whole."""
+        held = self.held
+        self.gap = sized(prompt_len - held, self._keys.device)
+        self.valid = None if valid is None or bool(valid.all()) else valid
+        self.prompt_len, self.thinned = prompt_len, max(held - window_size, 0)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last tokens: those of the observation window and those since.
+
+        Raises:
+            ValueError: it would reach further back, where tokens are missing in between; or
+                ``tokens_to_remove`` is positive.
+        """
+        if tokens_to_remove > 0:
+            raise ValueError(
+                f"crop({tokens_to_remove}) takes the tokens to remove as a negative number"
+            )
+        whole = self.held - self.thinned
+        if self.evicted and -tokens_to_remove > whole:
+            raise ValueError(
+                f"crop({tokens_to_remove}) reaches into the evicted prompt: only the last {whole} "
+                f"tokens, its observation window and what came since, can be removed"
+            )
+        self.record_past = True
+        left = max(self.held + tokens_to_remove, 0)
+        if not left:
+            return self.reset()
+        self._shorten(left)
+        if self.valid is not None:
+            self.valid = self.valid[:, :left]
+        self.prompt_len = min(self.prompt_len, self.get_seq_length())
+
+    def _shorten(self, left: int) -> None:
+        if self.count is None and left < self.held:
+            self._keys, self._values = self._keys[:, :, :left], self._values[:, :, :left]
+        elif self.count is not None:
+            self.count = sized(left, self.count.device)
+
+    def activate_past_recording(self) -> None:
+        self.record_past = True
+
+    def reset(self) -> None:
+        self.keys = self.values = None
+        self.is_initialized = self.complete = self.record_past = False
+        self.gap = self.valid = None
+        self.thinned = self.prompt_len = 0
+
+    def offload(self) -> None:
+        self._replace(lambda buffer: buffer.to("cpu", non_blocking=True))
+
+    def prefetch(self) -> None:
+        if self._keys is not None and self._keys.device != self.device:
+            self._replace(lambda buffer: buffer.to(self.device, non_blocking=True))
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._on_rows(lambda rows: rows.index_select(0, beam_idx.to(rows.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._on_rows(lambda rows: rows.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._on_rows(lambda rows: rows[indices])
+
+    def _on_rows(self, change: Callable[[Tensor], Tensor]) -> None:
+        self._replace(change)
+        if self.valid is not None:
+            self.valid = change(self.valid)
+
+    def _replace(self, change: Callable[[Tensor], Tensor]) -> None:
+        if self._keys is not None:
+            self._keys, self._values = change(self._keys), change(self._values)
+
+    def tensors(self) -> Iterator[Tensor]:
+        """The buffers of keys and values."""
+        if self._keys is not None:
+            yield from (self._keys, self._values)
+
+    def varying_sizes(self) -> Iterator[tuple[Tensor, int]]:
+        """Tensors and their dimensions that differ from call to call."""
+        yield from ((tensor, 2) for tensor in self.tensors())
+        yield from ((size, 0) for size in (self.gap, self.count) if size is not None)
+
+
+class FixedLayer(EvictedLayer):
+    """An ``EvictedLayer`` whose tensors keep address and shape while tokens are generated.
+
+    Once the prompt is in, the buffer takes ``max_new_tokens`` more and attention reads all of it
+    under a mask. How many entries are in use is a tensor, so that CUDA graphs can replay a step.
+    Only an optimised model sees it so; to others it is an ``EvictedLayer``.
+    """
+
+    def __init__(self, max_new_tokens: int, **_: Any) -> None:
+        super().__init__()
+        self.max_new_tokens = max_new_tokens
+        # Entries in use and tokens evicted, int64 scalars on the device; None before the prompt.
+        self.filled: Tensor | None = None
+        self.shift: Tensor | None = None
+        # What ``filled`` holds, known without waiting for the device.
+        self.used = 0
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether the running call sees all slots, the unused ones as well."""
+        return self.filled is not None and self.call == "append"
+
+    @property
+    def held(self) -> int:
+        """Entries held."""
+        return super().held if self.filled is None else self.used
+
+    def _in_use(self, buffer: Tensor | None) -> Tensor | None:
+        if self.filled is None or buffer is None:
+            return super()._in_use(buffer)
+        return buffer[:, :, : self.held]
+
+    def get_seq_length(self) -> Any:
+        """Tokens seen, held or not; a tensor where a call is traced."""
+        if self.is_fixed and torch.compiler.is_compiling():
+            return self.filled + self.shift
+        return super().get_seq_length()
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """The whole buffer, its slots counted from 0; see ``EvictedCache.get_query_offset``."""
+        if self.is_fixed:
+            return self._keys.shape[-2], 0
+        return super().get_mask_sizes(query_length)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        if not self.is_fixed:
+            self._loosen()
+            return super().update(key_states, value_states)
+        q_len = key_states.shape[-2]
+        slots = torch.arange(q_len, device=self.filled.device) + self.filled
+        self.filled.add_(q_len)
+        self._keys.index_copy_(2, slots, key_states)
+        self._values.index_copy_(2, slots, value_states)
+        return self._keys, self._values
+
+    def reserve(self, q_len: int) -> None:
+        if self._keys is None:
+            return
+        if self.call == "cut":
+            # The pass cuts at lengths, not at slots.
+            self._loosen()
+            return super().reserve(q_len)
+        if self.filled is None:
+            self._fix()
+        room = self._keys.shape[-2] - self.used
+        if q_len > room:
+            raise ValueError(
+                f"the cache is full: it has room for {room} more tokens and the call brings "
+                f"{q_len}; give EvictedCache a larger max_new_tokens than {self.max_new_tokens}"
+            )
+
+    def settle(self, prompt_len: int, window_size: int, valid: Tensor | None) -> None:
+        super().settle(prompt_len, window_size, valid)
+        self._fix()
+
+    def advance(self, q_len: int) -> None:
+        """Count the tokens of a call that has succeeded."""
+        self.used += q_len if self.filled is not None else 0
+
+    def rewind(self) -> None:
+        """Forget the tokens of a call that has failed."""
+        if self.filled is not None:
+            self.filled.fill_(self.used)
+
+    def _fix(self) -> None:
+        self.used = self.held
+        self._grow(self.used + self.max_new_tokens)
+        self.count = None
+        self.filled = torch.tensor(self.used, device=self._keys.device)
+        self.shift = torch.tensor(self.evicted, device=self._keys.device)
+        # Unused slots are read under a mask, and zero times NaN is NaN.
+        for tensor in self.tensors():
+            tensor[:, :, self.used :] = 0
+        for tensor in (*self.tensors(), self.filled, self.shift):
+            torch._dynamo.mark_static_address(tensor, guard=False)
+
+    def _loosen(self) -> None:
+        if self.filled is not None:
+            self.count = sized(self.held, self._keys.device)
+            self.filled = self.shift = None
+
+    def _shorten(self, left: int) -> None:
+        if self.filled is None:
+            return super()._shorten(left)
+        self.used = left
+        self.filled.fill_(left)
+
+    def _replace(self, change: Callable[[Tensor], Tensor]) -> None:
+        before = tuple(self.tensors())
+        super()._replace(change)
+        if self.filled is None or not before or before[0].shape != self._keys.shape:
+            return
+        # The same rows in another order: the addresses stay.
+        for old, new in zip(before, self.tensors(), strict=True):
+            old.copy_(new)
+        self._keys, self._values = before
+
+    def reset(self) -> None:
+        super().reset()
+        self.filled = self.shift = None
+
+    def varying_sizes(self) -> Iterator[tuple[Tensor, int]]:
+        return iter(()) if self.filled is not None else super().varying_sizes()
+
+
+def _lengthened(buffer: Tensor, held: int, length: int) -> Tensor:
+    longer = buffer.new_empty(*buffer.shape[:2], length, buffer.shape[3])
+    longer[:, :, :held] = buffer[:, :, :held]
+    return longer

@@ -1,0 +1,69 @@
+"""What one call is to keep: the budget, counted on the tokens that it and its rows have seen."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from .config import EvictionConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The budget of a call that fills a cache, as inputs of the compiled graph.
+
+    ``capacity`` is empty and as long as the budget for ``tokens`` and all before them;
+    ``row_budgets`` ``[B]`` int64 are those of the rows that the mask ``padding`` pads, both None
+    without padding. ``gap`` is None for a fresh prefill; for what follows one its size says how
+    many tokens are evicted, and only the columns of ``padding`` from there on are of the cache.
+
+    Not read by the graph: ``seen`` tokens when it has run, ``real`` ``[B, K]`` entries then.
+    """
+
+    capacity: Tensor
+    tokens: Tensor
+    padding: Tensor | None
+    row_budgets: Tensor | None
+    gap: Tensor | None
+    seen: int
+    real: Tensor | None
+
+
+def plan_for(
+    config: EvictionConfig,
+    tokens: Tensor,
+    *,
+    held: int = 0,
+    gap: Tensor | None = None,
+    seen_mask: Tensor | None = None,
+    held_mask: Tensor | None = None,
+    before: int = 0,
+) -> Plan:
+    """The plan for ``tokens`` ``[B, Q]`` behind ``held`` entries, which ``before`` tokens left.
+
+    Args:
+        gap: of the cache that is cut again, see :class:`Plan`.
+        seen_mask: ``[B, before + Q]``, 0 at pads; None without padding.
+        held_mask: the same mask, made to fit what the cache holds: its last ``held + Q`` columns.
+    """
+    seen, kv_len = before + tokens.shape[1], held + tokens.shape[1]
+    size = min(config.entries(seen), kv_len)
+    row_budgets = real = None
+    if seen_mask is not None and held_mask is not None:
+        real = held_mask[:, -kv_len:].bool()
+        lengths, entries = seen_mask.bool().sum(-1).tolist(), real.sum(-1).tolist()
+        # A row keeps what it would keep alone: its budget counts its own tokens.
+        rows = zip(lengths, entries, strict=True)
+        budgets = [min(config.entries(n), left) for n, left in rows]
+        # Where one row keeps all, no slot is freed: then nobody loses an entry for nothing. And a
+        # batch that has seen nothing but pads keeps those, for a cache cannot hold nothing.
+        size = max(budgets)
+        if size in (0, kv_len):
+            budgets, size = entries, kv_len
+        row_budgets = torch.tensor(budgets, device=tokens.device)
+    # Expanded from one element: the size is what counts, not the memory.
+    capacity = torch.empty((), dtype=torch.uint8, device=tokens.device).expand(size)
+    torch._dynamo.maybe_mark_dynamic(capacity, 0)
+    return Plan(capacity, tokens, held_mask, row_budgets, gap, seen, real)
