@@ -81,7 +81,19 @@ def _lowered(gm: GraphModule, example_inputs: Sequence[Any], config: EvictionCon
         return aot_eager(gm, example_inputs)
     from torch._inductor.compile_fx import compile_fx
 
-    return compile_fx(gm, example_inputs, config_patches=_inductor_patches(gm))
+    patches = {**_mode_patches(gm, config.mode), **_inductor_patches(gm)}
+    return compile_fx(gm, example_inputs, config_patches=patches)
+
+
+def _mode_patches(gm: GraphModule, mode: str) -> dict[str, Any]:
+    """Inductor's own settings for a mode of ``torch.compile``."""
+    from torch._inductor import list_mode_options
+
+    options = dict(list_mode_options(mode))
+    if any(name.startswith("ckv_evict_") for name, _ in gm.named_children()):
+        # One recording for each prompt length would cost more than it saves.
+        options.pop("triton.cudagraphs", None)
+    return options
 
 
 def _inductor_patches(gm: GraphModule) -> dict[str, Any]:
@@ -127,6 +139,7 @@ def source_digest() -> str:
 
 
 def _report_of(rewritten: Rewritten, config: EvictionConfig) -> Report:
+    folded = {site.index for site in rewritten.folded}
     evictions = {one.site.index: one for one in rewritten.inserted}
 
     def describe(site: AttentionSite) -> Traced:
@@ -141,11 +154,18 @@ def _report_of(rewritten: Rewritten, config: EvictionConfig) -> Report:
             kept=_size(kept),
             itemsize=vocab.value_of(site.cache_key).itemsize,
             weight=_source_of(site.projection.weight),
-            cache="cat, returned" if vocab.is_cat(site.cache_key) else "returned",
+            cache=_cache_of(site),
             budget_from=budget_from,
+            folded=site.index in folded,
         )
 
     return report_of(rewritten.sites, rewritten.rejections, config, describe)
+
+
+def _cache_of(site: AttentionSite) -> str:
+    if not site.key_outputs:
+        return "written in place"
+    return "cat, returned" if vocab.is_cat(site.cache_key) else "returned"
 
 
 def _source_of(weight: torch.fx.Node) -> str:

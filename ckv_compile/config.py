@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import math
+import re
 from fractions import Fraction
 from typing import Any
 
@@ -14,16 +15,29 @@ METHODS = ("criticalkv", "snapkv")
 NORMS = ("l1", "l2")
 LOWERINGS = ("auto", "inductor", "aot_eager", "eager")
 LATER_TURNS = ("keep", "evict")
+MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 _BUDGET_TAKES = (
     "a float in (0, 1] (share of the prompt), an int (tokens per KV head), "
-    'or an expression in n such as "max(128, n/10)"'
+    'an expression in n such as "max(128, n/10)", or bytes such as "64MB"'
 )
+_BYTES = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B\s*", re.IGNORECASE)
 _EXPRESSION_CALLS = ("max", "min", "floor", "ceil")
 _EXPRESSION_NODES = (
     ast.Expression, ast.BinOp, ast.UnaryOp, ast.Call, ast.Name, ast.Load, ast.Constant,
     ast.Add, ast.Sub, ast.Mult, ast.Div, ast.USub, ast.UAdd,
 )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheBytes:
+    """Bytes of one ``entry`` in all caches that are cut, whole batch, and of all ``other`` caches.
+
+    Ints or SymInts.
+    """
+
+    entry: Any
+    other: Any = 0
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -33,8 +47,9 @@ class Budget:
     Args:
         spec: float in (0, 1], the share of the prompt; int >= 1, tokens per KV head; or str, an
             expression in ``n`` made of numbers, ``+ - * /``, ``max``, ``min``, ``floor`` and
-            ``ceil``. A str that is a plain number means that number. Everything kept counts,
-            the observation window included.
+            ``ceil``, or bytes of KV cache for the whole model and batch: "64MB" (10^6), "64MiB"
+            (2^20). A str that is a plain number means that number. Everything kept counts, the
+            observation window included.
 
     Raises:
         TypeError: ``spec`` is none of these types.
@@ -54,8 +69,10 @@ class Budget:
             raise ValueError(f"budget={spec!r} is not a share in (0, 1]; it takes {_BUDGET_TAKES}")
         if isinstance(spec, int) and spec < 1:
             raise ValueError(f"budget={spec!r} keeps nothing; it takes {_BUDGET_TAKES}")
-        if isinstance(spec, str):
+        if isinstance(spec, str) and self.nbytes is None:
             _ratio_of(_parsed(spec), 1024)
+        if self.nbytes == 0:
+            raise ValueError(f"budget={spec!r} keeps nothing; it takes {_BUDGET_TAKES}")
 
     def __eq__(self, other: object) -> bool:
         # 1 and 1.0 are equal numbers and opposite budgets: one token, everything.
@@ -73,8 +90,29 @@ class Budget:
         """Whether no prompt of any length loses an entry."""
         return isinstance(self.spec, float) and self.spec == 1.0
 
-    def entries(self, n: int | torch.SymInt, window_size: int) -> Any:
-        """``min(n, max(window_size + 1, round_half_up(budget(n))))``, exact, for int or SymInt."""
+    @property
+    def nbytes(self) -> int | None:
+        """Bytes, if that is what the budget counts."""
+        found = _BYTES.fullmatch(self.spec) if isinstance(self.spec, str) else None
+        if found is None:
+            return None
+        number, prefix, binary = found.groups()
+        base = 1024 if binary else 1000
+        return int(Fraction(number) * base ** ("KMGT".find(prefix.upper() or "-") + 1))
+
+    def entries(
+        self, n: int | torch.SymInt, window_size: int, size: CacheBytes | None = None
+    ) -> Any:
+        """``min(n, max(window_size + 1, round_half_up(budget(n))))``, exact, for int or SymInt.
+
+        Args:
+            size: of the caches; a budget in bytes needs it, and is rounded down.
+
+        Raises:
+            ValueError: a budget in bytes has no ``size``, or too few bytes for the window.
+        """
+        if self.nbytes is not None:
+            return self._entries_in_bytes(n, window_size, size)
         if isinstance(self.spec, float):
             share = exact_share(self.spec)
             num, den = share.numerator * n, share.denominator
@@ -84,6 +122,21 @@ class Budget:
             num, den = _ratio_of(_parsed(self.spec), n)
         rounded = (2 * num + den) // (2 * den)
         return torch.sym_min(n, torch.sym_max(window_size + 1, rounded))
+
+    def _entries_in_bytes(
+        self, n: int | torch.SymInt, window_size: int, size: CacheBytes | None
+    ) -> Any:
+        if size is None:
+            raise ValueError(f"budget={self.spec!r} counts bytes, and no cache has been seen yet")
+        entries = (self.nbytes - size.other) // size.entry
+        if isinstance(entries, int) and isinstance(n, int) and entries <= min(window_size, n - 1):
+            least = min(n, window_size + 1) * size.entry + size.other
+            raise ValueError(
+                f"budget={self.spec!r} holds {max(entries, 0)} entries of this model and batch, "
+                f"{size.entry} bytes each, beside {size.other} bytes of caches that are bounded; "
+                f"it takes at least window_size + 1 = {window_size + 1} entries: {least} bytes"
+            )
+        return torch.sym_min(n, torch.sym_max(window_size + 1, entries))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,8 +153,13 @@ class EvictionConfig:
         norm: "l1" or "l2" norm of the projected value.
         later_turns: "keep" all tokens that follow a prompt, or "evict" again whenever several come
             at once, to the budget of all tokens seen. A prompt fed in pieces is one prompt.
+        rewrite_gqa: whether a decode step reads grouped K and V as they are, where the model would
+            repeat them for every query head; the same numbers without a copy of the cache.
         lowering: "inductor" (generated C++ or Triton), "aot_eager" (ATen), "eager" (the FX graph as
             it is) or "auto".
+        mode: of ``torch.compile``, for the "inductor" lowering. "reduce-overhead" replays decode
+            steps as CUDA graphs; give it an ``EvictedCache(max_new_tokens=...)``. A prefill, whose
+            length changes, is never replayed.
 
     Raises:
         TypeError, ValueError: naming the option and what it takes.
@@ -115,19 +173,29 @@ class EvictionConfig:
     epsilon: float = 1e-4
     norm: str = "l1"
     later_turns: str = "keep"
+    rewrite_gqa: bool = True
     lowering: str = "auto"
+    mode: str = "default"
 
     def __post_init__(self) -> None:
         _check_choice("method", self.method, METHODS)
         _check_choice("norm", self.norm, NORMS)
         _check_choice("later_turns", self.later_turns, LATER_TURNS)
         _check_choice("lowering", self.lowering, LOWERINGS)
+        _check_choice("mode", self.mode, MODES)
+        if self.mode != "default" and self.lowering not in ("auto", "inductor"):
+            raise ValueError(
+                f"mode={self.mode!r} is one of Inductor's; lowering={self.lowering!r} takes "
+                f"mode='default'"
+            )
         _check_int("window_size", self.window_size, "an int >= 1", self.window_size, 1)
         _check_int("kernel_size", self.kernel_size, "an odd int >= 1", self.kernel_size, 1)
         if self.kernel_size % 2 == 0:
             raise ValueError(f"kernel_size={self.kernel_size} is even; it takes an odd int >= 1")
         _check_float("first_stage_ratio", self.first_stage_ratio, 0.0, 1.0, "a float in [0, 1]")
         _check_float("epsilon", self.epsilon, 0.0, math.inf, "a finite float >= 0")
+        if not isinstance(self.rewrite_gqa, bool):
+            raise TypeError(f"rewrite_gqa={self.rewrite_gqa!r}; it takes True or False")
         if not isinstance(self.budget, Budget):
             object.__setattr__(self, "budget", Budget(self.budget))
         spec = self.budget.spec  # type: ignore[union-attr]
@@ -147,10 +215,16 @@ class EvictionConfig:
                 raise TypeError(f"unknown option {name!r}; the options are {', '.join(names)}")
         return cls(**options)
 
-    def entries(self, n: int | torch.SymInt) -> Any:
-        """Entries kept per KV head of a prompt of ``n`` tokens."""
+    @property
+    def counts_bytes(self) -> bool:
+        """Whether the budget can only be resolved where the caches are known."""
         assert isinstance(self.budget, Budget)
-        return self.budget.entries(n, self.window_size)
+        return self.budget.nbytes is not None
+
+    def entries(self, n: int | torch.SymInt, size: CacheBytes | None = None) -> Any:
+        """Entries kept per KV head of a prompt of ``n`` tokens; see :meth:`Budget.entries`."""
+        assert isinstance(self.budget, Budget)
+        return self.budget.entries(n, self.window_size, size)
 
 
 def exact_share(share: float) -> Fraction:

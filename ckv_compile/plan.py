@@ -7,7 +7,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from .config import EvictionConfig
+from .config import CacheBytes, EvictionConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +40,7 @@ def plan_for(
     seen_mask: Tensor | None = None,
     held_mask: Tensor | None = None,
     before: int = 0,
+    size: CacheBytes | None = None,
 ) -> Plan:
     """The plan for ``tokens`` ``[B, Q]`` behind ``held`` entries, which ``before`` tokens left.
 
@@ -47,23 +48,24 @@ def plan_for(
         gap: of the cache that is cut again, see :class:`Plan`.
         seen_mask: ``[B, before + Q]``, 0 at pads; None without padding.
         held_mask: the same mask, made to fit what the cache holds: its last ``held + Q`` columns.
+        size: of the caches, for a budget in bytes.
     """
     seen, kv_len = before + tokens.shape[1], held + tokens.shape[1]
-    size = min(config.entries(seen), kv_len)
+    length = min(config.entries(seen, size), kv_len)
     row_budgets = real = None
     if seen_mask is not None and held_mask is not None:
         real = held_mask[:, -kv_len:].bool()
         lengths, entries = seen_mask.bool().sum(-1).tolist(), real.sum(-1).tolist()
         # A row keeps what it would keep alone: its budget counts its own tokens.
         rows = zip(lengths, entries, strict=True)
-        budgets = [min(config.entries(n), left) for n, left in rows]
+        budgets = [min(config.entries(n, size), left) for n, left in rows]
         # Where one row keeps all, no slot is freed: then nobody loses an entry for nothing. And a
         # batch that has seen nothing but pads keeps those, for a cache cannot hold nothing.
-        size = max(budgets)
-        if size in (0, kv_len):
-            budgets, size = entries, kv_len
+        length = max(budgets)
+        if length in (0, kv_len):
+            budgets, length = entries, kv_len
         row_budgets = torch.tensor(budgets, device=tokens.device)
     # Expanded from one element: the size is what counts, not the memory.
-    capacity = torch.empty((), dtype=torch.uint8, device=tokens.device).expand(size)
+    capacity = torch.empty((), dtype=torch.uint8, device=tokens.device).expand(length)
     torch._dynamo.maybe_mark_dynamic(capacity, 0)
     return Plan(capacity, tokens, held_mask, row_budgets, gap, seen, real)

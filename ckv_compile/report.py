@@ -110,7 +110,10 @@ class Report:
 
 @dataclasses.dataclass(frozen=True)
 class Traced:
-    """A site's sizes in the traced call; ``budget_from``: "input", "config" or "" (no eviction)."""
+    """A site's sizes in the traced call; ``budget_from``: "input", "config" or "" (no eviction).
+
+    ``folded``: whether a decode step reads grouped K and V without repeating them.
+    """
 
     batch_size: int
     kv_len: int
@@ -119,6 +122,7 @@ class Traced:
     weight: str
     cache: str
     budget_from: str
+    folded: bool = False
 
 
 def report_of(
@@ -151,6 +155,8 @@ def _row(site: AttentionSite, traced: Traced) -> SiteRow:
         * traced.itemsize
     )
     nothing = "keep all" if site.phase == "prefill" else f"none: {site.phase}"
+    if traced.folded:
+        nothing = "fold groups"
     return SiteRow(
         site=site.name,
         heads=site.num_attention_heads,

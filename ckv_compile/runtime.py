@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .backend import Compiled, compile_graph, log_default_budget
-from .config import EvictionConfig
+from .config import CacheBytes, EvictionConfig
 from .passes import insert  # noqa: F401  registers the capacity marker
 from .plan import Plan, plan_for
 from .report import NOTHING_MATCHED, Report, merged
@@ -81,6 +81,9 @@ class OptimizedForward:
     def __init__(self, model: nn.Module, config: EvictionConfig, region: Region) -> None:
         self.model, self.config, self.region = model, config, region
         self.warned: set[str] = set()
+        # Of the last call's batch; only a budget in bytes asks for it.
+        self.size: CacheBytes | None = None
+        self.row_bytes: dict[Any, tuple[int, list[tuple[int, int]]]] = {}
 
     @property
     def report(self) -> Report:
@@ -89,7 +92,9 @@ class OptimizedForward:
         if self.config.budget == self.region.config.budget:
             return report
         rows = tuple(
-            row.at(self.config.entries(row.kv_len)) if row.budget_from == "input" else row
+            row.at(self.config.entries(row.kv_len, self.size))
+            if row.budget_from == "input"
+            else row
             for row in report.sites
         )
         return dataclasses.replace(report, sites=rows)
@@ -155,6 +160,8 @@ class OptimizedForward:
                 "evicts nothing",
             )
             return self.model._call_impl(*args, **kwargs), None
+        if cutting and tokens is not None and self.config.counts_bytes:
+            self.size = self._cache_bytes(tokens, kwargs)
         plan = self._plan(tokens, cache, seen_mask, mask) if cutting else None
         _mark_dynamic(tokens, kwargs)
         try:
@@ -199,12 +206,14 @@ class OptimizedForward:
             # Without layers that remember their rows, a padded batch must keep its whole cache.
             if cache is None or not _cache_room().follows_rows(cache):
                 mask = None
-            return plan_for(self.config, tokens, seen_mask=mask, held_mask=mask)
+            return plan_for(self.config, tokens, seen_mask=mask, held_mask=mask, size=self.size)
         layer = _cache_room().first_layer(cache)
         before = layer.get_seq_length()
         if mask is not None:
+            kv_len = layer.held + tokens.shape[1]
             counted = seen_mask is not None and seen_mask.shape[1] == before + tokens.shape[1]
-            if not counted:  # how many tokens the rows have seen, nobody can say
+            # Who does not know how many tokens its rows have seen, or has pads between them, waits.
+            if not counted or not _is_contiguous(mask[:, -kv_len:]):
                 return None
         return plan_for(
             self.config,
@@ -214,7 +223,31 @@ class OptimizedForward:
             seen_mask=None if mask is None else seen_mask,
             held_mask=mask,
             before=before,
+            size=self.size,
         )
+
+    def _cache_bytes(self, tokens: Tensor, kwargs: dict[str, Any]) -> CacheBytes:
+        """What an entry takes in the model's caches: two tokens are run uncompiled and measured.
+
+        No configuration says it for every model: heads may be shared, layers bounded.
+        """
+        room = _cache_room()
+        cache = None if room is None else room.cache_for(self.model)
+        if cache is None:
+            raise ValueError(
+                f"{self.config.budget}: bytes are counted on a transformers DynamicCache, which a "
+                f"{type(self.model).__name__} does not make; give a share or a number of entries"
+            )
+        dtype = next((p.dtype for p in self.model.parameters()), None)
+        if dtype not in self.row_bytes:
+            short = {name: _first_two(name, value) for name, value in kwargs.items()}
+            short = {k: v for k, v in short.items() if k not in (*_MASKS, "position_ids")}
+            self.model._call_impl(**{**short, "past_key_values": cache, "use_cache": True})
+            self.row_bytes[dtype] = room.row_bytes(room.self_attention_of(cache))
+        entry, bounded = self.row_bytes[dtype]
+        batch, n = tokens.shape[:2]
+        other = sum(min(n, length) * each for each, length in bounded)
+        return CacheBytes(batch * entry, batch * other)
 
     def _check(self, new: list[Report]) -> None:
         """Say loudly, once, that a compiled prefill found nothing to evict."""
@@ -304,6 +337,12 @@ def _prepare_mask(
     return mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
 
+def _first_two(name: str, value: Any) -> Any:
+    """An input of a call, as it would be for a prompt of two tokens."""
+    counts = name in _LENGTH_AXIS_1 and isinstance(value, Tensor) and value.dim() >= 2
+    return value[:, :2] if counts else value
+
+
 def _is_contiguous(mask: Tensor) -> bool:
     """Whether the real tokens of each row stand together."""
     real = mask.bool()
@@ -323,8 +362,7 @@ def _mark_dynamic(tokens: Tensor | None, kwargs: dict[str, Any]) -> None:
                     _mark(value, 2)
                     _mark(value, 3)
         else:
-            for tensor, dim in _varying(value):
-                _mark(tensor, dim)
+            _mark_cache(value)
 
 
 def _mark(tensor: Tensor, dim: int) -> None:
@@ -332,22 +370,21 @@ def _mark(tensor: Tensor, dim: int) -> None:
         torch._dynamo.maybe_mark_dynamic(tensor, dim)
 
 
-def _varying(value: Any) -> Iterator[tuple[Tensor, int]]:
-    """The ``[B, Hkv, K, D]`` tensors in a cache object or in nested tuples, and where K is."""
+def _mark_cache(value: Any) -> None:
+    """The lengths of the ``[B, Hkv, K, D]`` tensors in a cache object or in nested tuples."""
     if isinstance(value, Tensor):
         if value.dim() == 4:
-            yield value, 2
+            _mark(value, 2)
     elif isinstance(value, (list, tuple)):
         for item in value:
-            yield from _varying(item)
+            _mark_cache(item)
     elif isinstance(getattr(value, "layers", None), list):
         for layer in value.layers:
-            if hasattr(layer, "varying_sizes"):
-                yield from layer.varying_sizes()
-                continue
-            for name in ("keys", "values"):
-                yield from _varying(getattr(layer, name, None))
+            if hasattr(layer, "declare_sizes"):
+                layer.declare_sizes()
+            else:
+                _mark_cache((getattr(layer, "keys", None), getattr(layer, "values", None)))
     else:
         for part in ("self_attention_cache", "cross_attention_cache"):
             if hasattr(value, part):
-                yield from _varying(getattr(value, part))
+                _mark_cache(getattr(value, part))

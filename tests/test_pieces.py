@@ -171,3 +171,13 @@ def test_a_question_behind_a_compressed_context_is_kept_whole(half):
     cache = ckv_compile.compress(half, prompt(90))
     feed(half, [prompt(50, seed=1)], cache=cache)
     assert cache.layers[0].held == 45 + 50 and cache.get_seq_length() == 140
+
+
+def test_a_model_with_other_heads_in_the_same_process_changes_nothing():
+    """Dynamo learns from all models of a process which sizes vary: head counts must not."""
+    for family in ("llama", "gpt_neox", "llama"):
+        model = ckv_compile.optimize(tiny(family), 0.5, lowering="eager")
+        cache, _ = feed(model, prompt(90).split(45, dim=1))
+        feed(model, [prompt(1)] * 2, cache=cache)
+        report = ckv_compile.explain(model)
+        assert report.graphs == 3 and report.evicted == 4 and not report.rejections

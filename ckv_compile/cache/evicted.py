@@ -151,8 +151,8 @@ def writing(cache: Any, q_len: int, *, cutting: bool) -> Iterator[None]:
     except BaseException:
         del cache.layers[made:]
         for layer, state in zip(layers, before, strict=True):
-            vars(layer).clear()
-            vars(layer).update(state)
+            layer.__dict__.clear()
+            layer.__dict__.update(state)
             if isinstance(layer, FixedLayer):
                 layer.rewind()
         raise
@@ -213,7 +213,15 @@ def settle(
             slots = torch.arange(held, device=row_budgets.device)
             valid = slots >= held - row_budgets[:, None]
         layer.settle(prompt_len, window_size, valid)
+    for layer in cache.layers:
+        # A sliding window is cut out of the whole prompt's tensor, and would hold on to it.
+        if getattr(layer, "is_sliding", False) and layer.is_initialized:
+            layer.keys, layer.values = _alone(layer.keys), _alone(layer.values)
     _share_sizes(cache)
+
+
+def _alone(tensor: Tensor) -> Tensor:
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
 def is_fixed(cache: Any) -> bool:
@@ -249,6 +257,22 @@ def physical_mask(cache: Any, attention_mask: Tensor | None, q_len: int) -> Tens
     since = attention_mask[:, layer.prompt_len :]
     unused = offset + length - kept.shape[1] - since.shape[1]
     return torch.cat([kept, since, since.new_zeros(rows, max(unused, 0))], dim=1)
+
+
+def row_bytes(cache: Any) -> tuple[int, list[tuple[int, int]]]:
+    """Bytes of one entry of one row: in all layers that can be cut, and in each bounded one.
+
+    With the latter comes the number of entries that it holds at most.
+    """
+    entry, bounded = 0, []
+    for layer in cache.layers:
+        held = layer.keys.shape if layer.is_initialized and layer.keys is not None else ()
+        each = sum(t.nbytes for t in _tensors(layer)) // (held[0] * held[2]) if held else 0
+        if isinstance(layer, EvictedLayer):
+            entry += each
+        elif each and getattr(layer, "sliding_window", None):
+            bounded.append((each, layer.sliding_window - 1))
+    return entry, bounded
 
 
 def cache_for(model: Any) -> Cache | None:

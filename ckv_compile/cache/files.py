@@ -43,9 +43,7 @@ def write(path: str | os.PathLike[str], layers: list[Any], fingerprint: str) -> 
     os.replace(partial, path)
 
 
-def read(
-    path: str | os.PathLike[str], model: Any, device: str
-) -> tuple[list[EvictedLayer], str]:
+def read(path: str | os.PathLike[str], model: Any, device: str) -> tuple[list[EvictedLayer], str]:
     """Layers and fingerprint; see ``EvictedCache.load``."""
     where = os.fspath(path)
     if not os.path.exists(where):

@@ -38,8 +38,9 @@ class EvictedLayer(DynamicLayer):
     """
 
     def __init__(self, **_: Any) -> None:
-        self._keys: Tensor | None = None
-        self._values: Tensor | None = None
+        # Any for Tensor or None: None before the first call alone.
+        self._keys: Any = None
+        self._values: Any = None
         # Entries in use of a longer buffer, see ``sized``; None where all of it is.
         self.count: Tensor | None = None
         super().__init__()
@@ -52,7 +53,7 @@ class EvictedLayer(DynamicLayer):
         self.prompt_len = 0
         # Whether the next tokens may still be a piece of the prompt; see ``in_prompt``.
         self.complete = False
-        # Whether tokens may be taken back, as assisted decoding does: they are no piece of a prompt.
+        # Whether tokens may be taken back, as in assisted decoding: they are no piece of a prompt.
         self.record_past = False
         # What an optimised model's running call does: "append", or "cut", for which the pass needs
         # new tensors. "" outside of one: whoever calls then knows nothing of slots and gaps.
@@ -84,6 +85,9 @@ class EvictedLayer(DynamicLayer):
     @property
     def held(self) -> int:
         """Entries held."""
+        return self._held()
+
+    def _held(self) -> int:
         if self._keys is None:
             return 0
         return self._keys.shape[-2] if self.count is None else number_of(self.count)
@@ -228,10 +232,19 @@ class EvictedLayer(DynamicLayer):
         if self._keys is not None:
             yield from (self._keys, self._values)
 
-    def varying_sizes(self) -> Iterator[tuple[Tensor, int]]:
-        """Tensors and their dimensions that differ from call to call."""
-        yield from ((tensor, 2) for tensor in self.tensors())
-        yield from ((size, 0) for size in (self.gap, self.count) if size is not None)
+    def declare_sizes(self) -> None:
+        """Tell Dynamo which sizes vary from call to call, and which never do."""
+        for tensor in self.tensors():
+            # Another model in the same process, with other heads, would make ours symbolic.
+            torch._dynamo.mark_static(tensor, [1, 3])
+            self._declare_length(tensor, 2)
+        for size in (self.gap, self.count):
+            if size is not None:
+                self._declare_length(size, 0)
+
+    def _declare_length(self, tensor: Tensor, dim: int) -> None:
+        if tensor.shape[dim] > 1:
+            torch._dynamo.maybe_mark_dynamic(tensor, dim)
 
 
 class FixedLayer(EvictedLayer):
@@ -246,8 +259,8 @@ class FixedLayer(EvictedLayer):
         super().__init__()
         self.max_new_tokens = max_new_tokens
         # Entries in use and tokens evicted, int64 scalars on the device; None before the prompt.
-        self.filled: Tensor | None = None
-        self.shift: Tensor | None = None
+        self.filled: Any = None
+        self.shift: Any = None
         # What ``filled`` holds, known without waiting for the device.
         self.used = 0
 
@@ -256,10 +269,9 @@ class FixedLayer(EvictedLayer):
         """Whether the running call sees all slots, the unused ones as well."""
         return self.filled is not None and self.call == "append"
 
-    @property
-    def held(self) -> int:
-        """Entries held."""
-        return super().held if self.filled is None else self.used
+    def _held(self) -> int:
+        # Not a property: Dynamo does not follow super() of one.
+        return super()._held() if self.filled is None else self.used
 
     def _in_use(self, buffer: Tensor | None) -> Tensor | None:
         if self.filled is None or buffer is None:
@@ -357,8 +369,9 @@ class FixedLayer(EvictedLayer):
         super().reset()
         self.filled = self.shift = None
 
-    def varying_sizes(self) -> Iterator[tuple[Tensor, int]]:
-        return iter(()) if self.filled is not None else super().varying_sizes()
+    def _declare_length(self, tensor: Tensor, dim: int) -> None:
+        if self.filled is None:
+            super()._declare_length(tensor, dim)
 
 
 def _lengthened(buffer: Tensor, held: int, length: int) -> Tensor:

@@ -109,7 +109,8 @@ def select(
                 second = (scores + epsilon) * norm[b, h].float()
                 left = [i for i in rest if i not in set(kept)]
                 kept = kept + best(second.tolist(), left, max(row_budget - len(kept), 0))
-            keep[b, h, budget - row_budget :] = torch.tensor(sorted(kept)[-row_budget:])
+            kept = sorted(kept)[max(len(kept) - row_budget, 0) :]
+            keep[b, h, budget - row_budget :] = torch.tensor(kept)
     return keep
 
 

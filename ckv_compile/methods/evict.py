@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import EvictionConfig
+from ..config import CacheBytes, EvictionConfig
 from ..kernels.compact import compact
 from ..kernels.select import select
 from . import METHODS
@@ -21,11 +21,16 @@ class EvictKV(nn.Module):
         config: the options; the budget is read from it unless a call brings ``capacity``.
         in_out: whether the weight is ``[H*Dv, E]`` (Conv1D, ``addmm``) or ``[E, H*Dv]`` (linear).
         from_config: whether the budget is ``config.budget``, not ``capacity``.
+        row_bytes: of one entry in all caches of the graph that are cut, for a batch of one; what a
+            budget in bytes is counted by.
     """
 
-    def __init__(self, config: EvictionConfig, in_out: bool, from_config: bool) -> None:
+    def __init__(
+        self, config: EvictionConfig, in_out: bool, from_config: bool, row_bytes: int = 0
+    ) -> None:
         super().__init__()
         self.config, self.in_out, self.from_config = config, in_out, from_config
+        self.row_bytes = row_bytes
 
     def forward(
         self,
@@ -48,7 +53,7 @@ class EvictKV(nn.Module):
         """
         kv_len = key.shape[2]
         if capacity is None:
-            budget = self.config.entries(kv_len)
+            budget = self.config.entries(kv_len, CacheBytes(key.shape[0] * self.row_bytes))
         else:
             budget = torch.sym_min(capacity.shape[0], kv_len)
         real = None if padding is None else padding.bool()
@@ -73,7 +78,8 @@ class EvictKV(nn.Module):
     def extra_repr(self) -> str:
         """All that the body depends on; the compile cache is keyed by it."""
         config = self.config
-        budget = config.budget if self.from_config else "an input of the graph"
+        counted = f"{config.budget}, row_bytes={self.row_bytes}"
+        budget = counted if self.from_config else "an input of the graph"
         return (
             f"method={config.method}, budget={budget}, window_size={config.window_size}, "
             f"kernel_size={config.kernel_size}, first_stage_ratio={config.first_stage_ratio}, "

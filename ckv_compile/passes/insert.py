@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import operator
 from collections.abc import Sequence
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule, Node
 
 from ..config import EvictionConfig
@@ -144,17 +142,28 @@ def insert_eviction(
     done = any(isinstance(module, EvictKV) for module in gm.modules())
     if done or (config.budget.keeps_everything and capacity is None):  # type: ignore[union-attr]
         cut = []
-    inserted = tuple(_insert(gm, site, config, capacity) for site in cut)
+    row_bytes = sum(_row_bytes(site) for site in cut)
+    inserted = tuple(_insert(gm, site, config, capacity, row_bytes) for site in cut)
     gm.graph.lint()
     gm.recompile()
     return inserted
 
 
+def _row_bytes(site: AttentionSite) -> int:
+    """Of one entry in the site's cache, for a batch of one."""
+    itemsize = vocab.value_of(site.cache_key).itemsize
+    return site.num_key_value_heads * (site.head_dim + site.value_head_dim) * itemsize
+
+
 def _insert(
-    gm: GraphModule, site: AttentionSite, config: EvictionConfig, capacity: Capacity | None
+    gm: GraphModule,
+    site: AttentionSite,
+    config: EvictionConfig,
+    capacity: Capacity | None,
+    row_bytes: int,
 ) -> Inserted:
     given = capacity is not None and capacity.fits(site)
-    module = EvictKV(config, site.projection.in_out, from_config=not given)
+    module = EvictKV(config, site.projection.in_out, not given, row_bytes)
     name = f"ckv_evict_{site.index}"
     gm.add_submodule(name, module)
     kv = (site.cache_key, site.cache_value)
@@ -183,10 +192,7 @@ def _insert(
 def _propagate(gm: GraphModule, node: Node, module: EvictKV) -> None:
     """Give the node its example value, under the fake mode of its inputs."""
     values = [vocab.value_of(arg) if isinstance(arg, Node) else arg for arg in node.args]
-    # Not detect_fake_mode: inside a backend that finds the mode of the example inputs, which is a
-    # younger one than that of the graph's example values (both share their symbols).
-    mode = next((value.fake_mode for value in values if isinstance(value, FakeTensor)), None)
-    with mode or contextlib.nullcontext():
+    with vocab.fake_mode_of(values):
         node.meta["example_value"] = module(*values)
 
 

@@ -164,9 +164,7 @@ def _both(first: Index | Mask | None, second: Index | Mask | None) -> Mask | Non
     if first.is_causal and second.is_causal and not vocab.known(first.shift == second.shift):
         return None
     causal, padded = (first if first.is_causal else second), (second if second.padding else first)
-    return Mask(
-        layout, causal.is_causal, causal.shift, padded.padding, padded.padding_offset
-    )
+    return Mask(layout, causal.is_causal, causal.shift, padded.padding, padded.padding_offset)
 
 
 def _relabelled(layout: Layout, name: str) -> Layout:

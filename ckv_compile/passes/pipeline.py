@@ -8,6 +8,7 @@ from torch.fx import GraphModule
 
 from ..config import EvictionConfig
 from ..site import AttentionSite, Rejection
+from .fold import fold_groups
 from .insert import Inserted, insert_eviction, take_capacity, without_uncounted_rows
 from .match import match_sites
 from .verify import outputs_of, verify
@@ -20,6 +21,7 @@ class Rewritten:
     sites: tuple[AttentionSite, ...]
     rejections: tuple[Rejection, ...]
     inserted: tuple[Inserted, ...]
+    folded: tuple[AttentionSite, ...] = ()
 
 
 def rewrite(
@@ -41,6 +43,7 @@ def rewrite(
     sites, rejections = without_uncounted_rows(sites, rejections, capacity)
     before = outputs_of(gm)
     inserted = insert_eviction(gm, sites, config, capacity)
+    folded = fold_groups(gm, sites) if config.rewrite_gqa else ()
     # Always last: a wrong graph must not run.
     verify(gm, before, inserted)
-    return Rewritten(sites, rejections, inserted)
+    return Rewritten(sites, rejections, inserted, folded)

@@ -5,12 +5,15 @@ A new spelling of an op is one entry here and one row in ``tests/test_vocabulary
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import operator
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
@@ -46,6 +49,16 @@ def value_of(node: object) -> Any:
 def shape_of(node: object) -> tuple[Any, ...] | None:
     value = value_of(node)
     return tuple(value.shape) if isinstance(value, torch.Tensor) else None
+
+
+def fake_mode_of(values: Iterable[Any]) -> Any:
+    """A context under which ops on the example values ``values`` run.
+
+    Not detect_fake_mode: inside a backend that finds the mode of the example inputs, which is a
+    younger one than that of the graph's example values (both share their symbols).
+    """
+    mode = next((value.fake_mode for value in values if isinstance(value, FakeTensor)), None)
+    return mode or contextlib.nullcontext()
 
 
 def known(condition: Any) -> bool:

@@ -1,0 +1,84 @@
+"""Undo the repetition of K and V over groups where one query asks: decode without copies."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch.fx import GraphModule, Node
+
+from ..site import AttentionSite
+from . import vocabulary as vocab
+from .axes import chain_above
+
+
+def fold_groups(gm: GraphModule, sites: Sequence[AttentionSite]) -> tuple[AttentionSite, ...]:
+    """Let the queries of a group stand behind each other; returns the sites that it changed.
+
+    before: ``k, v -> repeat [B, Hkv*G, K, D] -> sdpa(q [B, Hkv*G, 1, D])``
+    after:  ``k, v -> sdpa(q [B, Hkv, G, D])``, which is the same product with no copy of the cache
+
+    Only for one query, for which every key of a group's head is every query's: nothing is causal,
+    and a mask ``[B or 1, 1, 1, K]`` says the same of all. The order of heads, group within KV head,
+    is what the matcher has proved of the repetition.
+    """
+    folded = tuple(site for site in sites if _is_foldable(site))
+    for site in folded:
+        _fold(gm, site)
+    if folded:
+        gm.graph.lint()
+        gm.recompile()
+    return folded
+
+
+def _is_foldable(site: AttentionSite) -> bool:
+    node = site.sdpa
+    if site.phase != "decode" or site.num_key_value_groups == 1 or not vocab.is_sdpa(node):
+        return False
+    if site.is_causal or vocab.argument(node, 5, "is_causal", False) is not False:
+        return False
+    if site.attn_mask is None:
+        return True
+    shape = vocab.shape_of(site.attn_mask) or ()
+    return len(shape) == 4 and vocab.known(shape[1] == 1) and vocab.known(shape[2] == 1)
+
+
+def _fold(gm: GraphModule, site: AttentionSite) -> None:
+    graph, heads = gm.graph, (site.num_key_value_heads, site.num_key_value_groups)
+    with graph.inserting_before(site.sdpa):
+        split = _called(graph, "unflatten", site.query, 1, heads)  # [B, Hkv, G, 1, D]
+        query = _called(graph, "flatten", split, 2, 3)
+        args = (query, site.cache_key, site.cache_value, site.attn_mask)
+        folded = graph.call_function(
+            F.scaled_dot_product_attention, args, {"scale": vocab.argument(site.sdpa, 6, "scale")}
+        )
+        result = _called(graph, "unflatten", folded, 2, (heads[1], 1))
+        output = _called(graph, "flatten", result, 1, 2)
+    site.sdpa.replace_all_uses_with(output)
+    for new in (split, query, folded, result, output):
+        new.meta.update(
+            (key, site.sdpa.meta[key])
+            for key in ("stack_trace", "nn_module_stack", "source_fn_stack")
+            if key in site.sdpa.meta
+        )
+        _propagate(new)
+    graph.erase_node(site.sdpa)
+    # Not eliminate_dead_code: a write into the cache's buffer has no users either.
+    for operand in (site.key, site.value):
+        for node in chain_above(operand):
+            if not node.users and vocab.layout_op_of(node) is not None:
+                graph.erase_node(node)
+
+
+def _called(graph: torch.fx.Graph, name: str, *args: object) -> Node:
+    return graph.call_method(name, args)
+
+
+def _propagate(node: Node) -> None:
+    """Give the node its example value, under the fake mode of its inputs."""
+    args = [vocab.value_of(arg) if isinstance(arg, Node) else arg for arg in node.args]
+    kwargs = {k: vocab.value_of(v) if isinstance(v, Node) else v for k, v in node.kwargs.items()}
+    target = getattr(torch.Tensor, node.target) if node.op == "call_method" else node.target
+    with vocab.fake_mode_of(args):
+        node.meta["example_value"] = target(*args, **kwargs)
