@@ -3,7 +3,7 @@ BIN := .venv/bin
 # Kept between runs, so that only the first demo compiles.
 export TORCHINDUCTOR_CACHE_DIR ?= $(CURDIR)/.cache/inductor
 
-.PHONY: help venv test test-slow lint demo clean
+.PHONY: help venv test test-slow coverage-models lint demo clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -24,6 +24,9 @@ test: venv  ## run the fast tests; ARGS go to pytest
 
 test-slow: .venv/.smollm2  ## run the slow tests, minutes each
 	$(BIN)/pytest -m slow $(ARGS)
+
+coverage-models: venv  ## check every architecture of transformers (hours), write docs/coverage.md
+	$(BIN)/python -m ckv_compile coverage --results docs/coverage.jsonl --page docs/coverage.md $(ARGS)
 
 lint: venv  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -27,7 +27,7 @@ def optimize(
 
     Args:
         model: a causal language model in eval mode, on any device.
-        budget: share, token count or expression in n, see :class:`ckv_compile.Budget`; 0.2 if
+        budget: share, token count, expression or bytes, see :class:`ckv_compile.Budget`; 0.2 if
             none is given, which the first compile then says in the log.
         **options: the other fields of :class:`ckv_compile.EvictionConfig`.
 
@@ -134,6 +134,7 @@ def _optimized(model: nn.Module) -> OptimizedForward | None:
 
 
 def _same_code(previous: OptimizedForward, config: EvictionConfig) -> bool:
-    """Whether ``config`` can run on what was compiled: only the budget differs, an input."""
-    same_options = dataclasses.replace(config, budget=previous.config.budget) == previous.config
-    return same_options and not previous.region.bakes_budget
+    """Whether ``config`` can run on what was compiled: only what no graph holds differs."""
+    now = previous.config
+    same = dataclasses.replace(config, budget=now.budget, later_turns=now.later_turns) == now
+    return same and not previous.region.bakes_budget

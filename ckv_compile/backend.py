@@ -14,6 +14,7 @@ from torch.fx import GraphModule
 from .config import EvictionConfig
 from .passes import vocabulary as vocab
 from .passes.axes import chain_above
+from .passes.insert import row_bytes
 from .passes.match import dotted, example_inputs_require_grad
 from .passes.pipeline import Rewritten, rewrite
 from .report import Report, Traced, report_of
@@ -54,10 +55,15 @@ def compile_graph(
     config: EvictionConfig,
     *,
     training: bool = False,
+    counted: bool = False,
 ) -> tuple[Compiled, Report]:
-    """Rewrite one Dynamo graph and lower it; the report is made anew on a cache hit as well."""
+    """Rewrite one Dynamo graph and lower it; the report is made anew on a cache hit as well.
+
+    Args:
+        counted: cut only where the graph itself holds the budget of what it caches.
+    """
     grad_enabled = example_inputs_require_grad(example_inputs)
-    rewritten = rewrite(gm, config, training=training, grad_enabled=grad_enabled)
+    rewritten = rewrite(gm, config, training=training, grad_enabled=grad_enabled, counted=counted)
     report = _report_of(rewritten, config)
     log.info("%s", report.summary())
     for row in report.rejections:
@@ -152,7 +158,7 @@ def _report_of(rewritten: Rewritten, config: EvictionConfig) -> Report:
             batch_size=_size(site.batch_size),
             kv_len=_size(site.kv_len),
             kept=_size(kept),
-            itemsize=vocab.value_of(site.cache_key).itemsize,
+            row_bytes=row_bytes(site),
             weight=_source_of(site.projection.weight),
             cache=_cache_of(site),
             budget_from=budget_from,
@@ -165,6 +171,8 @@ def _report_of(rewritten: Rewritten, config: EvictionConfig) -> Report:
 def _cache_of(site: AttentionSite) -> str:
     if not site.key_outputs:
         return "written in place"
+    if site.latent:
+        return "latent, returned"
     return "cat, returned" if vocab.is_cat(site.cache_key) else "returned"
 
 

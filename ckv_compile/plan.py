@@ -18,6 +18,7 @@ class Plan:
     ``row_budgets`` ``[B]`` int64 are those of the rows that the mask ``padding`` pads, both None
     without padding. ``gap`` is None for a fresh prefill; for what follows one its size says how
     many tokens are evicted, and only the columns of ``padding`` from there on are of the cache.
+    ``strict``: a cache of other tokens than these must stay whole, for ours will count these.
 
     Not read by the graph: ``seen`` tokens when it has run, ``real`` ``[B, K]`` entries then.
     """
@@ -27,8 +28,15 @@ class Plan:
     padding: Tensor | None
     row_budgets: Tensor | None
     gap: Tensor | None
+    strict: bool
     seen: int
     real: Tensor | None
+
+    def mark(self) -> None:
+        """Bring the budget into the graph that is being traced; elsewhere nothing happens."""
+        torch.ops.ckv_compile.capacity(
+            self.capacity, self.tokens, self.padding, self.row_budgets, self.gap, self.strict
+        )
 
 
 def plan_for(
@@ -41,6 +49,7 @@ def plan_for(
     held_mask: Tensor | None = None,
     before: int = 0,
     size: CacheBytes | None = None,
+    strict: bool = True,
 ) -> Plan:
     """The plan for ``tokens`` ``[B, Q]`` behind ``held`` entries, which ``before`` tokens left.
 
@@ -49,6 +58,7 @@ def plan_for(
         seen_mask: ``[B, before + Q]``, 0 at pads; None without padding.
         held_mask: the same mask, made to fit what the cache holds: its last ``held + Q`` columns.
         size: of the caches, for a budget in bytes.
+        strict: see :class:`Plan`.
     """
     seen, kv_len = before + tokens.shape[1], held + tokens.shape[1]
     length = min(config.entries(seen, size), kv_len)
@@ -68,4 +78,4 @@ def plan_for(
     # Expanded from one element: the size is what counts, not the memory.
     capacity = torch.empty((), dtype=torch.uint8, device=tokens.device).expand(length)
     torch._dynamo.maybe_mark_dynamic(capacity, 0)
-    return Plan(capacity, tokens, held_mask, row_budgets, gap, seen, real)
+    return Plan(capacity, tokens, held_mask, row_budgets, gap, strict, seen, real)

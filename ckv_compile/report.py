@@ -110,15 +110,16 @@ class Report:
 
 @dataclasses.dataclass(frozen=True)
 class Traced:
-    """A site's sizes in the traced call; ``budget_from``: "input", "config" or "" (no eviction).
+    """A site's sizes in the traced call.
 
-    ``folded``: whether a decode step reads grouped K and V without repeating them.
+    ``row_bytes``: of an entry for a batch of one. ``budget_from``: "input", "config" or "" (no
+    eviction). ``folded``: whether a decode step reads grouped K and V without repeating them.
     """
 
     batch_size: int
     kv_len: int
     kept: int
-    itemsize: int
+    row_bytes: int
     weight: str
     cache: str
     budget_from: str
@@ -148,12 +149,7 @@ def merged(reports: Sequence[Report], config: EvictionConfig) -> Report:
 
 
 def _row(site: AttentionSite, traced: Traced) -> SiteRow:
-    per_entry = (
-        traced.batch_size
-        * site.num_key_value_heads
-        * (site.head_dim + site.value_head_dim)
-        * traced.itemsize
-    )
+    per_entry = traced.batch_size * traced.row_bytes
     nothing = "keep all" if site.phase == "prefill" else f"none: {site.phase}"
     if traced.folded:
         nothing = "fold groups"
@@ -163,7 +159,9 @@ def _row(site: AttentionSite, traced: Traced) -> SiteRow:
         kv_heads=site.num_key_value_heads,
         groups=site.num_key_value_groups,
         head_dim=site.head_dim,
-        weight=traced.weight + (" [in, out]" if site.projection.in_out else " [out, in]"),
+        weight=traced.weight
+        + (" [in, out]" if site.projection.in_out else " [out, in]")
+        + (", gate left out" if site.projection.gated else ""),
         mask=site.mask_kind,
         cache=traced.cache,
         phase=site.phase,

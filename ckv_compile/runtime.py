@@ -37,9 +37,13 @@ class Region:
     ) -> None:
         self.config = config
         self.reports: list[Report] = []
+        # Whether a running call's cache counts tokens: then only counted sites may be cut.
+        self.counted = False
 
         def backend(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Compiled:
-            compiled, report = compile_graph(gm, example_inputs, config, training=model.training)
+            compiled, report = compile_graph(
+                gm, example_inputs, config, training=model.training, counted=self.counted
+            )
             if default_budget and report.evicted and not self.reports:
                 log_default_budget()
             self.reports.append(report)
@@ -56,16 +60,15 @@ class Region:
     @property
     def bakes_budget(self) -> bool:
         """Whether some compiled graph holds the budget as a constant, not as an input."""
-        return any(row.budget_from == "config" for report in self.reports for row in report.sites)
+        rows = (row for report in self.reports for row in report.sites)
+        return any(row.budget_from == "config" or row.action == "keep all" for row in rows)
 
 
 def _region(self: nn.Module) -> Callable[..., Any]:
     # The closure holds the model as "self", so that the paths in a report start inside it.
     def forward(plan: Plan | None, args: Any, kwargs: Any) -> Any:
         if plan is not None:
-            torch.ops.ckv_compile.capacity(
-                plan.capacity, plan.tokens, plan.padding, plan.row_budgets, plan.gap
-            )
+            plan.mark()
         return self._call_impl(*args, **kwargs)
 
     return forward
@@ -133,16 +136,16 @@ class OptimizedForward:
         with room.writing(cache, q_len, cutting=cutting):
             result, plan = self._run(tokens, cache, cutting, args, kwargs)
         if plan is not None:
-            room.settle(cache, plan.seen, self.config.window_size, plan.real, plan.row_budgets)
+            room.settle(cache, plan, self.config.window_size)
         elif q_len == 1:
             room.finish_prompt(cache)
         return result
 
     def _cuts(self, cache: Any) -> bool:
         """Whether several tokens behind ``cache`` leave it cut to the budget of all of them."""
-        if cache.get_seq_length() == 0:
-            return True
         room = _cache_room()
+        if room.tokens_seen(cache) == 0:
+            return True
         turn = self.config.later_turns == "evict" and not room.takes_back(cache)
         return (turn or room.in_prompt(cache)) and room.can_cut_again(cache)
 
@@ -150,7 +153,7 @@ class OptimizedForward:
         self, tokens: Tensor | None, cache: Any, cutting: bool, args: Any, kwargs: dict[str, Any]
     ) -> tuple[Any, Plan | None]:
         """The call's result, and what it was to keep; None where nothing is cut."""
-        fresh = cache is None or cache.get_seq_length() == 0
+        fresh = cache is None or _cache_room().tokens_seen(cache) == 0
         seen_mask = kwargs.get(self._decoder_mask)
         mask = _prepare_mask(kwargs, self._decoder_mask, None if fresh else cache, tokens)
         if mask is not None and fresh and not _is_contiguous(mask):
@@ -164,7 +167,10 @@ class OptimizedForward:
             self.size = self._cache_bytes(tokens, kwargs)
         plan = self._plan(tokens, cache, seen_mask, mask) if cutting else None
         _mark_dynamic(tokens, kwargs)
+        if cache is not None:
+            _cache_room().announce(cache, plan)
         try:
+            self.region.counted = cache is not None
             with _compile_settings():
                 return self.region.call(plan, args, kwargs), plan
         except torch._dynamo.exc.FailOnRecompileLimitHit:
@@ -202,11 +208,18 @@ class OptimizedForward:
     ) -> Plan | None:
         if tokens is None or tokens.shape[1] == 1:
             return None
-        if cache is None or cache.get_seq_length() == 0:
+        if cache is None or _cache_room().tokens_seen(cache) == 0:
             # Without layers that remember their rows, a padded batch must keep its whole cache.
             if cache is None or not _cache_room().follows_rows(cache):
                 mask = None
-            return plan_for(self.config, tokens, seen_mask=mask, held_mask=mask, size=self.size)
+            return plan_for(
+                self.config,
+                tokens,
+                seen_mask=mask,
+                held_mask=mask,
+                size=self.size,
+                strict=cache is not None,
+            )
         layer = _cache_room().first_layer(cache)
         before = layer.get_seq_length()
         if mask is not None:

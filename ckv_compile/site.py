@@ -20,7 +20,7 @@ class Reason(enum.Enum):
     OPERANDS = "give SDPA 4-D operands [B, H, Q, D] whose head counts and head_dim are static"
     NOT_CAUSAL = "none needed: only causal self-attention has a cache to evict from"
     OUTPUT_FORKS = "use the attention output in the output projection alone"
-    OUTPUT_OP = "project the attention output directly, without a gate, scale or norm in between"
+    OUTPUT_OP = "project the attention output directly, without a norm or the like in between"
     OUTPUT_AXES = "bring the output to [B, Q, H * D] (transpose(1, 2), then reshape) and project it"
     NO_PROJECTION = "follow the attention by a linear output projection"
     KEY_AXES = "keep K as [B, num_key_value_heads, K, D], repeated over groups at most"
@@ -32,6 +32,7 @@ class Reason(enum.Enum):
     SLIDING_WINDOW = "none needed: a sliding-window cache is bounded already"
     SHARED_CACHE = "none: two attentions read one cache, and each would evict its own choice"
     PADDING_MASK = "use ckv_compile.optimize, which counts each row's tokens; or do not pad"
+    UNCOUNTED_TOKENS = "none: the model caches tokens of its own beside those that it is given"
     ATTENTION_UNREADABLE = 'load the model with attn_implementation="sdpa" where it has that'
     MASK_UNREADABLE = "use is_causal=True, or a mask that compares key and query positions"
 
@@ -52,11 +53,15 @@ class Rejection:
 
 @dataclasses.dataclass(frozen=True)
 class Projection:
-    """The output projection ``W_O``: ``weight`` is ``[E, H*D]``, or ``[H*D, E]`` if ``in_out``."""
+    """The output projection ``W_O``: ``weight`` is ``[E, H*D]``, or ``[H*D, E]`` if ``in_out``.
+
+    ``gated``: the output is multiplied by a gate before; a value is scored as if it were 1.
+    """
 
     node: Node
     weight: Node
     in_out: bool
+    gated: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +73,7 @@ class AttentionSite:
     ``cache_key`` and ``cache_value`` are the nodes *before* ``repeat_kv``: ``[B, Hkv, K, D]``, what
     the cache holds. ``key_outputs`` and ``value_outputs`` are their positions in the graph's
     output; none where the cache is written in place. ``q_len`` and ``kv_len`` may be symbolic.
+    ``latent``: these are one head for all, of which attention's ``key`` and ``value`` are made.
     ``padding`` is false at pads, its column ``padding_offset + j`` is that of key ``j``.
     """
 
@@ -97,6 +103,7 @@ class AttentionSite:
     mask_kind: str
     padding: Node | None = None
     padding_offset: Any = 0
+    latent: bool = False
 
     @property
     def num_key_value_groups(self) -> int:

@@ -79,6 +79,9 @@ REFUSED_VALUES: list[tuple[str, Any, type[Exception], str]] = [
     ("norm", 1, TypeError, "'l1', 'l2'"),
     ("lowering", "cudagraphs", ValueError, "'auto', 'inductor'"),
     ("lowering", ["eager"], TypeError, "'auto', 'inductor'"),
+    ("mode", "fast", ValueError, "'default', 'reduce-overhead'"),
+    ("later_turns", "drop", ValueError, "'keep', 'evict'"),
+    ("rewrite_gqa", 1, TypeError, "True or False"),
 ]
 
 REFUSED_EXPRESSIONS = [
@@ -176,7 +179,7 @@ def test_takes_every_choice_and_the_ends_of_every_range(
 ) -> None:
     """Prevents a documented value, or the closed end of a range, from being refused."""
     for ratio in (0, 0.0, 1, 1.0):
-        config = EvictionConfig(1.0, method, 1, 1, ratio, 0, norm, lowering)
+        config = EvictionConfig(1.0, method, 1, 1, ratio, 0, norm, lowering=lowering)
         assert (config.method, config.norm, config.lowering) == (method, norm, lowering)
         assert config.first_stage_ratio == ratio
 
@@ -301,7 +304,8 @@ def test_repr_names_every_option_and_no_address() -> None:
     config = EvictionConfig()
     assert repr(config) == (
         "EvictionConfig(budget=Budget(spec=0.2), method='criticalkv', window_size=32, "
-        "kernel_size=7, first_stage_ratio=0.5, epsilon=0.0001, norm='l1', lowering='auto')"
+        "kernel_size=7, first_stage_ratio=0.5, epsilon=0.0001, norm='l1', "
+        "later_turns='keep', rewrite_gqa=True, lowering='auto', mode='default')"
     )
     assert repr(EvictionConfig(budget="0.2")) == repr(config)
     assert not re.search("0x", repr(EvictionConfig(budget="max(128, n/10)")))

@@ -8,6 +8,7 @@ from transformers import DynamicCache
 from .evicted import (
     EvictedCache,
     adopt,
+    announce,
     cache_for,
     can_cut_again,
     finish_prompt,
@@ -20,6 +21,7 @@ from .evicted import (
     self_attention_of,
     settle,
     takes_back,
+    tokens_seen,
     writing,
 )
 from .files import fingerprint_of
@@ -30,6 +32,7 @@ __all__ = [
     "EvictedCache",
     "EvictedLayer",
     "adopt",
+    "announce",
     "cache_for",
     "can_cut_again",
     "fingerprint_of",
@@ -43,5 +46,6 @@ __all__ = [
     "self_attention_of",
     "settle",
     "takes_back",
+    "tokens_seen",
     "writing",
 ]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, EncoderDecoderCache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from . import files
 from .layers import EvictedLayer, FixedLayer
@@ -123,6 +123,13 @@ def first_layer(cache: Any) -> EvictedLayer | None:
     return next((layer for layer in evicted_layers(cache) if layer.is_initialized), None)
 
 
+def tokens_seen(cache: Any) -> int:
+    """Tokens that the cache's attention layers have seen; 0 for a cache that has none."""
+    layers = (layer for layer in cache.layers if isinstance(layer, CacheLayerMixin))
+    layer = first_layer(cache) or next(layers, None)
+    return 0 if layer is None else layer.get_seq_length()
+
+
 def _share_sizes(cache: Any) -> None:
     """One tensor for all layers with the same number: one input of a graph, one symbol."""
     for name in ("gap", "count"):
@@ -159,12 +166,18 @@ def writing(cache: Any, q_len: int, *, cutting: bool) -> Iterator[None]:
     for layer in evicted_layers(cache):
         if isinstance(layer, FixedLayer):
             layer.advance(q_len)
-        layer.call = ""
+        layer.call, layer.plan = "", None
 
 
 def takes_back(cache: Any) -> bool:
     """Whether tokens may be taken back after a call, as assisted decoding does."""
     return any(layer.record_past for layer in evicted_layers(cache))
+
+
+def announce(cache: Any, plan: Any) -> None:
+    """Tell the layers what the running call is to keep."""
+    for layer in evicted_layers(cache):
+        layer.plan = plan
 
 
 def in_prompt(cache: Any) -> bool:
@@ -190,29 +203,23 @@ def can_cut_again(cache: Any) -> bool:
     return len(alike) == 1 and all(layer.gap is not None for layer in layers)
 
 
-def settle(
-    cache: Any,
-    prompt_len: int,
-    window_size: int,
-    real: Tensor | None,
-    row_budgets: Tensor | None,
-) -> None:
-    """After a cut: tell each layer how many tokens it has seen.
+def settle(cache: Any, plan: Any, window_size: int) -> None:
+    """After a call that was to keep what ``plan`` says: note what each layer has seen and holds.
 
     Args:
         window_size: the last tokens, all of which are held.
-        real: ``[B, K]`` bool, False at the pads among what was held before the cut.
-        row_budgets: ``[B]`` entries that each row of a padded batch kept, in the last slots.
     """
     for layer in evicted_layers(cache):
         if not layer.is_initialized:
             continue
-        held, valid = layer.held, real
-        # A layer that kept all its entries has them where they were.
-        if real is not None and row_budgets is not None and held < real.shape[1]:
-            slots = torch.arange(held, device=row_budgets.device)
-            valid = slots >= held - row_budgets[:, None]
-        layer.settle(prompt_len, window_size, valid)
+        held, valid = layer.held, plan.real
+        cut = held == plan.capacity.shape[0]
+        # A layer that was left whole has its entries where they were, however many came.
+        evicted = plan.seen - held if cut else layer.evicted
+        if cut and plan.real is not None and held < plan.real.shape[1]:
+            slots = torch.arange(held, device=plan.row_budgets.device)
+            valid = slots >= held - plan.row_budgets[:, None]
+        layer.settle(evicted, window_size, valid)
     for layer in cache.layers:
         # A sliding window is cut out of the whole prompt's tensor, and would hold on to it.
         if getattr(layer, "is_sliding", False) and layer.is_initialized:

@@ -58,6 +58,8 @@ class EvictedLayer(DynamicLayer):
         # What an optimised model's running call does: "append", or "cut", for which the pass needs
         # new tensors. "" outside of one: whoever calls then knows nothing of slots and gaps.
         self.call = ""
+        # What that call is to keep, if it cuts; see ``update``.
+        self.plan: Any = None
 
     @property
     def keys(self) -> Any:
@@ -120,6 +122,10 @@ class EvictedLayer(DynamicLayer):
                 "this cache holds the cut rows of a padded batch, which only the optimised model "
                 "can tell apart; call it after ckv_compile.optimize(model)"
             )
+        if self.plan is not None and self.plan.tokens.shape[1] == key_states.shape[-2]:
+            # Here, beside the attention, and not only at the model's entrance: a graph that begins
+            # behind a graph break of the model's own must know the budget too.
+            self.plan.mark()
         if self._keys is None:
             # Copied: they may be views of a projection of Q, K and V in one.
             self._keys = key_states.clone(memory_format=torch.contiguous_format)
@@ -154,12 +160,11 @@ class EvictedLayer(DynamicLayer):
         )
         self.count = sized(held, self._keys.device)
 
-    def settle(self, prompt_len: int, window_size: int, valid: Tensor | None) -> None:
-        """Note what an eviction at ``prompt_len`` tokens has left, its window whole."""
-        held = self.held
-        self.gap = sized(prompt_len - held, self._keys.device)
+    def settle(self, evicted: int, window_size: int, valid: Tensor | None) -> None:
+        """Note how many tokens are gone after a prompt, and which slots its rows fill."""
+        self.gap = sized(evicted, self._keys.device)
         self.valid = None if valid is None or bool(valid.all()) else valid
-        self.prompt_len, self.thinned = prompt_len, max(held - window_size, 0)
+        self.prompt_len, self.thinned = self.held + evicted, max(self.held - window_size, 0)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last tokens: those of the observation window and those since.
@@ -319,8 +324,8 @@ class FixedLayer(EvictedLayer):
                 f"{q_len}; give EvictedCache a larger max_new_tokens than {self.max_new_tokens}"
             )
 
-    def settle(self, prompt_len: int, window_size: int, valid: Tensor | None) -> None:
-        super().settle(prompt_len, window_size, valid)
+    def settle(self, evicted: int, window_size: int, valid: Tensor | None) -> None:
+        super().settle(evicted, window_size, valid)
         self._fix()
 
     def advance(self, q_len: int) -> None:

@@ -44,12 +44,17 @@ class EvictKV(nn.Module):
         padding: Tensor | None = None,
         row_budgets: Tensor | None = None,
         gap: Tensor | None = None,
+        cached: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """``[B, Hkv, K, D]`` to ``[B, Hkv, budget, D]``; the size of ``capacity`` is the budget.
 
         ``padding`` ``[B, K]`` is false at pads; row ``b`` then keeps ``row_budgets[b]`` entries, in
         its last slots. With ``gap`` its first columns, as many as the size of ``gap`` minus 2, are
         of tokens that an earlier eviction has taken.
+
+        ``cached``, two tensors ``[B, 1, K, *]``, is what the cache holds where ``key`` and
+        ``value`` are made of it for all heads: an entry then counts what its heads give it on
+        average, as the heads of a group do.
         """
         kv_len = key.shape[2]
         if capacity is None:
@@ -63,9 +68,14 @@ class EvictKV(nn.Module):
             query, key, value, o_proj_weight, self.in_out, scale, softcap, self.config, real
         )
         scores = METHODS[self.config.method](inputs)
+        base, norm = scores.base, scores.norm
+        if cached is not None:
+            key, value = cached
+            base = base.mean(1, keepdim=True)
+            norm = None if norm is None else norm.mean(1, keepdim=True)
         keep = select(
-            scores.base,
-            scores.norm,
+            base,
+            norm,
             budget,
             self.config.window_size,
             self.config.first_stage_ratio,

@@ -42,8 +42,7 @@ class Attention:
 def find_attentions(gm: GraphModule) -> Iterator[Attention | Rejection]:
     """Every attention in graph order; a softmax over ``[B, H, Q, K]`` that is not read is rejected.
 
-    A softmax of another rank, or whose result is not multiplied by a value, is none of ours (a
-    router of experts, say).
+    A softmax of another rank is none of ours (a router of experts, say).
     """
     for node in gm.graph.nodes:
         if vocab.is_sdpa(node):
@@ -85,15 +84,21 @@ def _eager(softmax: Node) -> Attention | Rejection | None:
             reason = Reason.DROPOUT if dropout_p else Reason.TRAINING
             return Rejection(product, reason, detail)
         weights, product = product, _only_user(product)
-    if product is None or not vocab.is_matmul(product) or product.args[0] is not weights:
-        return None
     if vocab.softmax_dim(softmax) not in (-1, 3):
         return None
+    if product is None or not vocab.is_matmul(product) or product.args[0] is not weights:
+        user = "several ops" if product is None else product.name
+        return _unread(softmax, f"it is read by {user}, not by a product with the values")
     logits: Any = softmax.args[0]
     attn_mask = softcap = None
-    if vocab.is_add(logits):
-        logits, attn_mask = logits.args[0], logits.args[1]
+    # A mask hides alike whether it is added before the scaling or after it.
+    masked, outer = _factors(logits)
+    if vocab.is_add(masked):
+        logits, attn_mask = masked.args[0], masked.args[1]
+    else:
+        outer = []
     logits, factors = _factors(logits)
+    factors = outer + factors
     if isinstance(logits, Node) and vocab.name_of(logits) == "tanh":
         softcap = _product(factors)
         logits, factors = _factors(logits.args[0])

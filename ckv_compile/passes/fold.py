@@ -34,7 +34,8 @@ def fold_groups(gm: GraphModule, sites: Sequence[AttentionSite]) -> tuple[Attent
 
 def _is_foldable(site: AttentionSite) -> bool:
     node = site.sdpa
-    if site.phase != "decode" or site.num_key_value_groups == 1 or not vocab.is_sdpa(node):
+    repeated = site.num_key_value_groups > 1 and not site.latent
+    if site.phase != "decode" or not repeated or not vocab.is_sdpa(node):
         return False
     if site.is_causal or vocab.argument(node, 5, "is_causal", False) is not False:
         return False

@@ -23,12 +23,14 @@ def capacity_marker(
     padding: torch.Tensor | None = None,
     row_budgets: torch.Tensor | None = None,
     gap: torch.Tensor | None = None,
+    strict: bool = False,
 ) -> torch.Tensor:
     """Make ``capacity`` (empty, its size the budget for ``tokens``) an input of the traced graph.
 
     ``row_budgets`` ``[B]`` are the budgets of the rows that the mask ``padding`` pads; both None
     without padding. ``gap`` is None for a fresh prefill; else ``tokens`` come behind what an
     eviction left, its size minus 2 tokens are missing there, and ``padding`` counts them.
+    ``strict``: a cache that counts other tokens than these must stay whole.
 
     A budget that is an input costs no second compile when it changes. The pass takes the marker
     out again, so it never runs in a graph that we compile; elsewhere it does nothing.
@@ -43,6 +45,7 @@ def _(
     padding: torch.Tensor | None = None,
     row_budgets: torch.Tensor | None = None,
     gap: torch.Tensor | None = None,
+    strict: bool = False,
 ) -> torch.Tensor:
     return capacity.new_empty(0)
 
@@ -56,6 +59,7 @@ class Capacity:
     padding: Node | None = None
     row_budgets: Node | None = None
     gap: Node | None = None
+    strict: bool = False
 
     @property
     def phase(self) -> Phase:
@@ -101,26 +105,35 @@ def take_capacity(gm: GraphModule) -> Capacity | None:
     return found
 
 
-def without_uncounted_rows(
-    sites: Sequence[AttentionSite], rejections: Sequence[Rejection], capacity: Capacity | None
+def without_uncounted(
+    sites: Sequence[AttentionSite],
+    rejections: Sequence[Rejection],
+    capacity: Capacity | None,
+    counted: bool = False,
 ) -> tuple[tuple[AttentionSite, ...], tuple[Rejection, ...]]:
-    """Reject padded sites where nobody says how many entries each of their rows keeps.
+    """Reject sites whose tokens, or whose rows' tokens, nobody has counted.
 
-    A cache that does not follow its rows would show pads to later tokens: wrong, silently.
+    A cache that does not follow its rows would show pads to later tokens, and one that counts other
+    tokens than the caller would give later ones wrong positions: wrong, silently.
     """
-    rows = capacity or Capacity(None, None)
-    refused = [s for s in sites if s.phase == rows.phase and not rows.counts_rows_of(s)]
-    reasons = tuple(
-        Rejection(
-            site.sdpa,
-            Reason.PADDING_MASK,
-            f"mask {site.attn_mask} hides {site.padding}, rows are counted on {rows.padding}",
-            site.name,
-        )
-        for site in refused
-    )
-    left = tuple(site for site in sites if site not in refused)
-    return left, (*rejections, *reasons)
+    rows = capacity or Capacity(None, None, strict=counted)
+    left: list[AttentionSite] = []
+    for site in sites:
+        reason, detail = None, ""
+        if site.phase == rows.phase and rows.strict and not rows.fits(site):
+            reason = Reason.UNCOUNTED_TOKENS
+            came_in = vocab.shape_of(rows.tokens) or "others"
+            detail = f"{site.q_len} tokens are cached where {came_in} came in"
+        elif site.phase == rows.phase and not rows.counts_rows_of(site):
+            reason = Reason.PADDING_MASK
+            detail = (
+                f"mask {site.attn_mask} hides {site.padding}, rows are counted on {rows.padding}"
+            )
+        if reason is None:
+            left.append(site)
+        else:
+            rejections = (*rejections, Rejection(site.sdpa, reason, detail, site.name))
+    return tuple(left), tuple(rejections)
 
 
 def insert_eviction(
@@ -142,17 +155,17 @@ def insert_eviction(
     done = any(isinstance(module, EvictKV) for module in gm.modules())
     if done or (config.budget.keeps_everything and capacity is None):  # type: ignore[union-attr]
         cut = []
-    row_bytes = sum(_row_bytes(site) for site in cut)
-    inserted = tuple(_insert(gm, site, config, capacity, row_bytes) for site in cut)
+    entry = sum(row_bytes(site) for site in cut)
+    inserted = tuple(_insert(gm, site, config, capacity, entry) for site in cut)
     gm.graph.lint()
     gm.recompile()
     return inserted
 
 
-def _row_bytes(site: AttentionSite) -> int:
+def row_bytes(site: AttentionSite) -> int:
     """Of one entry in the site's cache, for a batch of one."""
-    itemsize = vocab.value_of(site.cache_key).itemsize
-    return site.num_key_value_heads * (site.head_dim + site.value_head_dim) * itemsize
+    values = (vocab.value_of(node) for node in (site.cache_key, site.cache_value))
+    return sum(value.shape[1] * value.shape[3] * value.itemsize for value in values)
 
 
 def _insert(
@@ -160,21 +173,23 @@ def _insert(
     site: AttentionSite,
     config: EvictionConfig,
     capacity: Capacity | None,
-    row_bytes: int,
+    entry: int,
 ) -> Inserted:
     given = capacity is not None and capacity.fits(site)
-    module = EvictKV(config, site.projection.in_out, not given, row_bytes)
+    module = EvictKV(config, site.projection.in_out, not given, entry)
     name = f"ckv_evict_{site.index}"
     gm.add_submodule(name, module)
-    kv = (site.cache_key, site.cache_value)
-    args = (site.query, *kv, site.projection.weight, site.scale, site.softcap)
+    cached = (site.cache_key, site.cache_value)
+    read = (site.key, site.value) if site.latent else cached
+    args = (site.query, *read, site.projection.weight, site.scale, site.softcap)
     if given:
         assert capacity is not None
         padded = (site.padding, capacity.row_budgets, capacity.gap)
         args = (*args, capacity.node, *(padded if site.padding is not None else ()))
     graph = gm.graph
     with graph.inserting_after(site.projection.node):
-        node = graph.call_module(name, args)
+        kwargs = {"cached": cached} if site.latent else {}
+        node = graph.call_module(name, args, kwargs)
     with graph.inserting_after(node):
         value = graph.call_function(operator.getitem, (node, 1))
         key = graph.call_function(operator.getitem, (node, 0))
@@ -191,9 +206,10 @@ def _insert(
 
 def _propagate(gm: GraphModule, node: Node, module: EvictKV) -> None:
     """Give the node its example value, under the fake mode of its inputs."""
-    values = [vocab.value_of(arg) if isinstance(arg, Node) else arg for arg in node.args]
+    values = torch.fx.node.map_arg(node.args, vocab.value_of)
+    named = torch.fx.node.map_arg(node.kwargs, vocab.value_of)
     with vocab.fake_mode_of(values):
-        node.meta["example_value"] = module(*values)
+        node.meta["example_value"] = module(*values, **named)
 
 
 def _repoint(gm: GraphModule, new: dict[int, Node]) -> None:

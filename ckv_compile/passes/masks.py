@@ -14,7 +14,7 @@ import torch
 from torch.fx import Node
 
 from . import vocabulary as vocab
-from .axes import Layout, labelled, names_of, text_of, through
+from .axes import Layout, chain_above, labelled, names_of, text_of, through
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,7 +151,11 @@ def _padding(node: Node, seen: dict[Node, Index | Mask | None]) -> Mask | None:
     if not vocab.known(batch.offset == 0):
         return None
     layout = _merged(_relabelled(batch.layout, "B"), _relabelled(key.layout, "K"))
-    return None if layout is None else Mask(layout, padding=base, padding_offset=key.offset)
+    if layout is None:
+        return None
+    if vocab.is_ones(chain_above(base)[-1]):  # a model that is given no mask may make its own
+        return Mask(layout)
+    return Mask(layout, padding=base, padding_offset=key.offset)
 
 
 def _both(first: Index | Mask | None, second: Index | Mask | None) -> Mask | None:

@@ -13,6 +13,7 @@ from ..site import AttentionSite, Phase, Projection, Reason, Rejection
 from . import vocabulary as vocab
 from .attention import Attention, find_attentions
 from .axes import Layout, chain_above, follow, labelled, names_of, text_of, through
+from .latent import sources_of
 from .masks import Mask, read_mask
 
 
@@ -78,8 +79,12 @@ def _site_of(
     _operand_shape(node, attention.key, "key")
 
     projection = _projection_of(node, batch, heads, q_len, value_head_dim)
-    cache_key = _cached(gm, attention.key, Reason.KEY_AXES)
-    cache_value = _cached(gm, attention.value, Reason.VALUE_AXES)
+    latents = _latents(gm, attention)
+    if latents is not None:
+        cache_key, cache_value = latents
+    else:
+        cache_key = _cached(gm, attention.key, Reason.KEY_AXES)
+        cache_value = _cached(gm, attention.value, Reason.VALUE_AXES)
     num_key_value_heads, kv_len = cache_key.shape[1], cache_key.shape[2]
     if cache_value.shape[1] != num_key_value_heads or heads % num_key_value_heads:
         detail = f"{heads} heads over {num_key_value_heads} K and {cache_value.shape[1]} V heads"
@@ -122,6 +127,7 @@ def _site_of(
         mask_kind=mask_kind,
         padding=mask.padding,
         padding_offset=mask.padding_offset,
+        latent=latents is not None,
     )
 
 
@@ -142,9 +148,9 @@ def _phase_of(q_len: Any, kv_len: Any) -> Phase:
 def _projection_of(sdpa: Node, batch: Any, heads: int, q_len: Any, head_dim: int) -> Projection:
     """Push ``[B, H, Q, D]`` downwards to the first op that is not a layout op."""
     layout: Layout | None = labelled("BHQD", (batch, heads, q_len, head_dim))
-    node = sdpa
+    node, gated = sdpa, False
     while True:
-        users = [user for user in node.users if user.op != "output"]
+        users = [u for u in node.users if u.op != "output" and not vocab.only_measures(u, node)]
         if not users:
             raise _Refused(sdpa, Reason.NO_PROJECTION, f"{node.name} is not projected")
         if len(users) > 1:
@@ -153,9 +159,15 @@ def _projection_of(sdpa: Node, batch: Any, heads: int, q_len: Any, head_dim: int
         (user,) = users
         operands = vocab.projection_operands(user, node)
         if operands is not None:
-            return _checked_projection(sdpa, user, operands, layout, heads, head_dim)
+            found = _checked_projection(sdpa, user, operands, layout, heads, head_dim)
+            return dataclasses.replace(found, gated=gated)
         if vocab.is_training_dropout(user):
             raise _Refused(sdpa, Reason.TRAINING, f"{user.name} is a dropout in training mode")
+        gate = vocab.factor_of(user, node)
+        if gate is not None and not _depends(gate, sdpa):
+            # W_O diag(gate) is another matrix for each query; the scores see W_O alone.
+            node, gated = user, True
+            continue
         op = vocab.layout_op_of(user)
         if op is None or user.args[0] is not node:
             detail = f"{user.name} ({vocab.name_of(user)}) stands before the projection"
@@ -165,6 +177,21 @@ def _projection_of(sdpa: Node, batch: Any, heads: int, q_len: Any, head_dim: int
         if layout is None:
             raise _Refused(sdpa, Reason.OUTPUT_AXES, f"{user.name} mixes the axes of the output")
         node = user
+
+
+def _depends(node: Node, on: Node) -> bool:
+    """Whether ``node`` is computed from the value of ``on``."""
+    seen, todo = {node}, [node]
+    while todo:
+        for above in (one := todo.pop()).all_input_nodes:
+            if vocab.only_measures(one, above):
+                continue
+            if above is on:
+                return True
+            if above not in seen:
+                seen.add(above)
+                todo.append(above)
+    return False
 
 
 def _checked_projection(
@@ -189,20 +216,56 @@ def _checked_projection(
     return Projection(node, weight, in_out)
 
 
+def _returned(gm: GraphModule) -> tuple[Any, ...]:
+    (output,) = (node for node in gm.graph.nodes if node.op == "output")
+    return tuple(output.args[0])
+
+
+def _latents(gm: GraphModule, attention: Attention) -> tuple[_Cached, _Cached] | None:
+    """The two tensors with one head each of which K and V are made; None if they are not so made.
+
+    Where K or V is itself what the cache holds, this is no latent attention.
+    """
+    returned = _returned(gm)
+
+    def is_cached(node: Node) -> bool:
+        shape = vocab.shape_of(node) or ()
+        one_head = len(shape) == 4 and vocab.known(shape[1] == 1)
+        return one_head and (any(value is node for value in returned) or _is_buffer(node))
+
+    operands = (attention.key, attention.value)
+    if any(is_cached(node) for operand in operands for node in chain_above(operand)):
+        return None
+    found = [sources_of(operand, 2, is_cached) for operand in operands]
+    if found[0] is None or found[1] is None or len(found[0] | found[1]) != 2:
+        return None
+    # In the graph's order: the cache got K's part first.
+    first, second = sorted(found[0] | found[1], key=list(gm.graph.nodes).index)
+    return _latent(first, returned), _latent(second, returned)
+
+
+def _latent(node: Node, returned: tuple[Any, ...]) -> _Cached:
+    outputs = tuple(i for i, value in enumerate(returned) if value is node)
+    return _Cached(node, outputs, vocab.shape_of(node) or ())
+
+
+def _is_buffer(root: Node) -> bool:
+    """Whether ``root`` is, or is a slice of, a tensor that is written in place."""
+    source = root.args[0] if root.args else None
+    sliced = isinstance(source, Node) and vocab.is_slice_of(root, source)
+    return _is_written(source if sliced else root)
+
+
 def _cached(gm: GraphModule, operand: Node, axes: Reason) -> _Cached:
     """The tensor above ``operand`` that the graph returns, before any repetition over groups."""
-    (output,) = (node for node in gm.graph.nodes if node.op == "output")
-    returned = output.args[0]
+    returned = _returned(gm)
     chain = chain_above(operand)
     for depth, node in enumerate(chain):
         outputs = tuple(i for i, value in enumerate(returned) if value is node)
         if outputs:
             return _checked_cache(operand, node, outputs, chain[:depth][::-1], axes)
-    root = chain[-1]
-    source = root.args[0] if root.args else None
-    sliced = isinstance(source, Node) and vocab.is_slice_of(root, source)
-    if _is_written(source if sliced else root):
-        return _checked_cache(operand, root, (), chain[:-1][::-1], axes)
+    if _is_buffer(chain[-1]):
+        return _checked_cache(operand, chain[-1], (), chain[:-1][::-1], axes)
     for node in chain:
         for user in node.users:
             if vocab.is_slice_of(user, node) and user in returned:

@@ -9,7 +9,7 @@ from torch.fx import GraphModule
 from ..config import EvictionConfig
 from ..site import AttentionSite, Rejection
 from .fold import fold_groups
-from .insert import Inserted, insert_eviction, take_capacity, without_uncounted_rows
+from .insert import Inserted, insert_eviction, take_capacity, without_uncounted
 from .match import match_sites
 from .verify import outputs_of, verify
 
@@ -30,8 +30,12 @@ def rewrite(
     *,
     training: bool = False,
     grad_enabled: bool = False,
+    counted: bool = False,
 ) -> Rewritten:
-    """Cut the caches that ``gm`` returns to the budget, in place."""
+    """Cut the caches that ``gm`` returns to the budget, in place.
+
+    ``counted``: only those whose tokens the graph's own capacity marker counts.
+    """
     # The budget may come as an input of the graph; its marker must go before anything else reads.
     capacity = take_capacity(gm)
     sites, rejections = match_sites(
@@ -40,7 +44,7 @@ def rewrite(
         grad_enabled=grad_enabled,
         cut="prefill" if capacity is None else capacity.phase,
     )
-    sites, rejections = without_uncounted_rows(sites, rejections, capacity)
+    sites, rejections = without_uncounted(sites, rejections, capacity, counted)
     before = outputs_of(gm)
     inserted = insert_eviction(gm, sites, config, capacity)
     folded = fold_groups(gm, sites) if config.rewrite_gqa else ()

@@ -226,6 +226,25 @@ def projection_operands(node: Node, source: Node) -> tuple[Node, bool] | None:
     return None if scaled else (weight, in_out)
 
 
+def factor_of(node: Node, source: Node) -> Node | None:
+    """The tensor that ``node`` multiplies ``source`` by, element by element."""
+    if name_of(node) not in ("mul", "__mul__", "imul", "multiply") or len(node.args) != 2:
+        return None
+    others = [arg for arg in node.args if arg is not source]
+    if len(others) != 1 or not isinstance(others[0], Node):
+        return None
+    other, shape = value_of(others[0]), shape_of(source)
+    # Of another shape, what it multiplies may be spread over new axes.
+    same = isinstance(other, torch.Tensor) and shape_of(node) == shape
+    return others[0] if same else None
+
+
+def only_measures(node: Node, source: Node) -> bool:
+    """Whether ``node`` reads no more of ``source`` than its shape."""
+    named = name_of(node) in ("view_as", "expand_as", "reshape_as")
+    return named and node.args[0] is not source
+
+
 def is_and(node: Node) -> bool:
     return name_of(node) in _AND
 
@@ -258,8 +277,11 @@ def is_in_place(node: Node) -> bool:
 def is_all_true(node: Node) -> bool:
     """``ones`` of bool, however it is written."""
     value = value_of(node)
-    if not isinstance(value, torch.Tensor) or value.dtype != torch.bool:
-        return False
+    return isinstance(value, torch.Tensor) and value.dtype == torch.bool and is_ones(node)
+
+
+def is_ones(node: Node) -> bool:
+    """A new tensor of ones."""
     return name_of(node) in ("new_ones", "ones", "ones_like")
 
 

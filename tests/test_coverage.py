@@ -1,0 +1,101 @@
+"""The coverage tool: a sample of architectures, and what it does with what it finds."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from families import tiny
+
+from ckv_compile.cli import main
+from ckv_compile.coverage import check as checks
+from ckv_compile.coverage import runner
+from ckv_compile.coverage.tiny import architectures, build
+
+SAMPLE = [
+    ("causal", "gpt2", checks.RIGHT),
+    ("causal", "gptj", checks.RIGHT),
+    ("causal", "deepseek_v3", checks.RIGHT),
+    ("causal", "qwen3_next", checks.RIGHT),
+    ("causal", "bloom", checks.ALONE),
+    ("causal", "falcon_mamba", checks.ALONE),
+    ("seq2seq", "bart", checks.RIGHT),
+    ("seq2seq", "t5", checks.ALONE),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "name", "status"), SAMPLE)
+def test_a_sample_of_architectures(kind, name, status):
+    result = checks.check(kind, name)
+    assert result.status == status, result
+
+
+def test_every_architecture_is_listed_and_small():
+    names = [name for _, name in architectures()]
+    assert len(names) > 200 and {"llama", "t5", "deepseek_v3"} <= set(names)
+    assert sum(p.numel() for p in build("causal", "llama").parameters()) < 200_000
+
+
+def test_a_wrong_model_is_called_wrong(monkeypatch):
+    """The tool must not bless what it cannot tell from the truth: here one kept entry is off."""
+    model = tiny()
+    monkeypatch.setattr(checks, "build", lambda kind, name: model)
+    assert checks.check("causal", "llama").status == checks.RIGHT
+
+    def shifted(*args):
+        return {i: (kept + 1).clamp(max=checks.N - 1) for i, kept in real(*args).items()}
+
+    real = checks._kept
+    monkeypatch.setattr(checks, "_kept", shifted)
+    result = checks.check("causal", "llama")
+    assert result.status == checks.WRONG
+    assert not result.checks["logits"] and not result.checks["selection"]
+
+
+def test_a_crash_is_the_architectures_alone(monkeypatch):
+    def broken(kind, name):
+        raise RuntimeError("no such thing\nand more")
+
+    monkeypatch.setattr(checks, "build", broken)
+    result = checks.check("causal", "llama")
+    assert result.status == checks.NOT_RUN and result.note == "RuntimeError: no such thing"
+
+
+def test_an_interrupted_run_goes_on_and_writes_its_table(monkeypatch, tmp_path, capsys):
+    """Hours of work must not be lost, nor done twice."""
+    asked = []
+
+    def checked(kind, name, timeout_s):
+        asked.append(name)
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        status = checks.WRONG if name == "opt" else checks.RIGHT
+        return checks.Result(kind, name, status, evicted=2, layers=2, checks={"tokens": False})
+
+    monkeypatch.setattr(runner, "_in_process", checked)
+    results, page = tmp_path / "new" / "r.jsonl", tmp_path / "docs" / "coverage.md"
+    argv = ["coverage", "--results", str(results), "--page", str(page), "--only", "gpt2", "opt"]
+    with pytest.raises(KeyboardInterrupt):
+        main(argv)
+    assert main(argv) == 1  # something is wrong
+    assert sorted(asked) == ["gpt2", "opt", "opt"]
+    assert [json.loads(line)["name"] for line in results.read_text().splitlines()] == [
+        "gpt2",
+        "opt",
+    ]
+    assert "| `opt` | causal | wrong | 2 of 2 |" in page.read_text()
+    assert "not equal: tokens" in page.read_text() and "1  causal wrong" in capsys.readouterr().out
+    assert main([*argv, "--retry"]) == 1 and asked[3:] == ["opt"]
+
+
+def test_an_unknown_architecture_is_an_error(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["coverage", "--results", str(tmp_path / "r"), "--only", "gpt5"])
+    assert "unknown architectures: gpt5" in capsys.readouterr().err
+
+
+def test_help_names_the_command(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert "coverage" in capsys.readouterr().out
