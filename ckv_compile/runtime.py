@@ -84,15 +84,18 @@ class OptimizedForward:
     def __init__(self, model: nn.Module, config: EvictionConfig, region: Region) -> None:
         self.model, self.config, self.region = model, config, region
         self.warned: set[str] = set()
-        # Of the last call's batch; only a budget in bytes asks for it.
+        # Of the last call's batch, for the report of a budget in bytes.
         self.size: CacheBytes | None = None
+        # Reports of the region that have been checked for what a user must hear of.
+        self.read = len(region.reports)
         self.row_bytes: dict[Any, tuple[int, list[tuple[int, int]]]] = {}
 
     @property
     def report(self) -> Report:
         """All graphs compiled so far, at the present budget."""
         report = merged(self.region.reports, self.config)
-        if self.config.budget == self.region.config.budget:
+        unresolved = self.config.counts_bytes and self.size is None
+        if unresolved or self.config.budget == self.region.config.budget:
             return report
         rows = tuple(
             row.at(self.config.entries(row.kv_len, self.size))
@@ -103,7 +106,8 @@ class OptimizedForward:
         return dataclasses.replace(report, sites=rows)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():  # inside somebody else's region
+        # Inside somebody else's region. Not is_compiling, which is true in all threads while one is.
+        if torch.compiler.is_dynamo_compiling():
             return self.model._call_impl(*args, **kwargs)
         if self.model.training or torch.is_grad_enabled():
             self._warn_once(
@@ -112,10 +116,12 @@ class OptimizedForward:
                 "uncompiled and evicts nothing; use model.eval() and torch.no_grad()",
             )
             return self.model._call_impl(*args, **kwargs)
-        compiled_before = len(self.region.reports)
-        result = self.run(*args, **kwargs)
-        self._check(self.region.reports[compiled_before:])
-        return result
+        try:
+            return self.run(*args, **kwargs)
+        finally:
+            # After an error as well: a later call of the same kind compiles nothing to check.
+            unread, self.read = self.region.reports[self.read :], len(self.region.reports)
+            self._check(unread)
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """Prepare cache, mask and budget of an inference call and run it in the region."""
@@ -155,7 +161,12 @@ class OptimizedForward:
         """The call's result, and what it was to keep; None where nothing is cut."""
         fresh = cache is None or _cache_room().tokens_seen(cache) == 0
         seen_mask = kwargs.get(self._decoder_mask)
-        mask = _prepare_mask(kwargs, self._decoder_mask, None if fresh else cache, tokens)
+        # Without a cache transformers takes positions that start anew for texts packed into one, but
+        # only where there is no mask.
+        packs = cache is None and kwargs.get("position_ids") is not None
+        mask = _prepare_mask(
+            kwargs, self._decoder_mask, None if fresh else cache, tokens, drops=not packs
+        )
         if mask is not None and fresh and not _is_contiguous(mask):
             self._warn_once(
                 "holes",
@@ -163,9 +174,10 @@ class OptimizedForward:
                 "evicts nothing",
             )
             return self.model._call_impl(*args, **kwargs), None
+        size = None
         if cutting and tokens is not None and self.config.counts_bytes:
-            self.size = self._cache_bytes(tokens, kwargs)
-        plan = self._plan(tokens, cache, seen_mask, mask) if cutting else None
+            size = self.size = self._cache_bytes(tokens, kwargs)
+        plan = self._plan(tokens, cache, seen_mask, mask, size) if cutting else None
         _mark_dynamic(tokens, kwargs)
         if cache is not None:
             _cache_room().announce(cache, plan)
@@ -204,7 +216,12 @@ class OptimizedForward:
         return cache
 
     def _plan(
-        self, tokens: Tensor | None, cache: Any, seen_mask: Tensor | None, mask: Tensor | None
+        self,
+        tokens: Tensor | None,
+        cache: Any,
+        seen_mask: Tensor | None,
+        mask: Tensor | None,
+        size: CacheBytes | None,
     ) -> Plan | None:
         if tokens is None or tokens.shape[1] == 1:
             return None
@@ -217,7 +234,7 @@ class OptimizedForward:
                 tokens,
                 seen_mask=mask,
                 held_mask=mask,
-                size=self.size,
+                size=size,
                 strict=cache is not None,
             )
         layer = _cache_room().first_layer(cache)
@@ -236,7 +253,7 @@ class OptimizedForward:
             seen_mask=None if mask is None else seen_mask,
             held_mask=mask,
             before=before,
-            size=self.size,
+            size=size,
         )
 
     def _cache_bytes(self, tokens: Tensor, kwargs: dict[str, Any]) -> CacheBytes:
@@ -325,7 +342,12 @@ def _cache_room() -> Any:
 
 
 def _prepare_mask(
-    kwargs: dict[str, Any], decoder_mask: str, cache: Any, tokens: Tensor | None
+    kwargs: dict[str, Any],
+    decoder_mask: str,
+    cache: Any,
+    tokens: Tensor | None,
+    *,
+    drops: bool = True,
 ) -> Tensor | None:
     """Drop masks that hide nothing, fit the decoder's to a filled cache; returns it if it hides.
 
@@ -340,7 +362,7 @@ def _prepare_mask(
                 kwargs[decoder_mask] = fitted
             # One graph for all steps: the mask stays when the last slot is in use.
             kept = decoder_mask if _cache_room().is_fixed(cache) else ""
-    for name in _MASKS:
+    for name in _MASKS if drops else ():
         mask = kwargs.get(name)
         if name == kept or not isinstance(mask, Tensor) or mask.dim() != 2:
             continue

@@ -115,3 +115,15 @@ def test_a_model_without_such_a_cache_is_told():
     model = ckv_compile.optimize(Plain().eval(), "64kB", lowering="eager")
     with pytest.raises(ValueError, match="a Plain does not make"), torch.no_grad():
         model(torch.ones(1, 80).long())
+
+
+def test_a_report_before_the_first_call_is_no_error():
+    """Bytes are resolved when the caches are seen; until then the report is what was compiled."""
+    model = ckv_compile.optimize(tiny(), 0.5, lowering="eager")
+    with torch.no_grad():
+        model(input_ids=prompt(300), use_cache=True)
+        ckv_compile.optimize(model, "64kB", lowering="eager")
+        assert "evict" in str(ckv_compile.explain(model))
+        model(input_ids=prompt(300), use_cache=True)
+    site = ckv_compile.explain(model).sites[0]
+    assert (site.kv_len, site.budget) == (300, 125)

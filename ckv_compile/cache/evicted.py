@@ -147,16 +147,16 @@ def writing(cache: Any, q_len: int, *, cutting: bool) -> Iterator[None]:
     Args:
         cutting: whether the pass cuts what the call leaves in the cache.
     """
-    made, layers = len(cache.layers), evicted_layers(cache)
+    layers = list(cache.layers)
     before = [dict(vars(layer)) for layer in layers]
     try:
-        for layer in layers:
+        for layer in evicted_layers(cache):
             layer.call = "cut" if cutting else "append"
             layer.reserve(q_len)
         _share_sizes(cache)
         yield
     except BaseException:
-        del cache.layers[made:]
+        cache.layers[:] = layers
         for layer, state in zip(layers, before, strict=True):
             layer.__dict__.clear()
             layer.__dict__.update(state)

@@ -241,7 +241,7 @@ class EvictedLayer(DynamicLayer):
         """Tell Dynamo which sizes vary from call to call, and which never do."""
         for tensor in self.tensors():
             # Another model in the same process, with other heads, would make ours symbolic.
-            torch._dynamo.mark_static(tensor, [1, 3])
+            _mark_static(tensor, (1, 3))
             self._declare_length(tensor, 2)
         for size in (self.gap, self.count):
             if size is not None:
@@ -285,7 +285,7 @@ class FixedLayer(EvictedLayer):
 
     def get_seq_length(self) -> Any:
         """Tokens seen, held or not; a tensor where a call is traced."""
-        if self.is_fixed and torch.compiler.is_compiling():
+        if self.is_fixed and torch.compiler.is_dynamo_compiling():
             return self.filled + self.shift
         return super().get_seq_length()
 
@@ -377,6 +377,12 @@ class FixedLayer(EvictedLayer):
     def _declare_length(self, tensor: Tensor, dim: int) -> None:
         if self.filled is None:
             super()._declare_length(tensor, dim)
+
+
+def _mark_static(tensor: Any, dims: tuple[int, ...]) -> None:
+    """What ``torch._dynamo.mark_static`` does, which fails while another thread compiles."""
+    tensor._dynamo_static_indices = set(dims)
+    tensor._has_dynamo_dim_marking = True
 
 
 def _lengthened(buffer: Tensor, held: int, length: int) -> Tensor:
