@@ -106,7 +106,7 @@ class OptimizedForward:
         return dataclasses.replace(report, sites=rows)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        # Inside somebody else's region. Not is_compiling, which is true in all threads while one is.
+        # In somebody else's region. Not is_compiling, which is true in all threads while one is.
         if torch.compiler.is_dynamo_compiling():
             return self.model._call_impl(*args, **kwargs)
         if self.model.training or torch.is_grad_enabled():
@@ -161,7 +161,7 @@ class OptimizedForward:
         """The call's result, and what it was to keep; None where nothing is cut."""
         fresh = cache is None or _cache_room().tokens_seen(cache) == 0
         seen_mask = kwargs.get(self._decoder_mask)
-        # Without a cache transformers takes positions that start anew for texts packed into one, but
+        # Without a cache transformers takes positions that start anew for packed texts, but
         # only where there is no mask.
         packs = cache is None and kwargs.get("position_ids") is not None
         mask = _prepare_mask(

@@ -42,7 +42,8 @@ class Attention:
 def find_attentions(gm: GraphModule) -> Iterator[Attention | Rejection]:
     """Every attention in graph order; a softmax over ``[B, H, Q, K]`` that is not read is rejected.
 
-    A softmax of another rank is none of ours (a router of experts, say).
+    A softmax of another rank, or whose result is not multiplied by a value, is none of ours (a
+    router of experts, say).
     """
     for node in gm.graph.nodes:
         if vocab.is_sdpa(node):
@@ -86,9 +87,10 @@ def _eager(softmax: Node) -> Attention | Rejection | None:
         weights, product = product, _only_user(product)
     if vocab.softmax_dim(softmax) not in (-1, 3):
         return None
+    if product is not None and vocab.layout_op_of(product) is not None:
+        return _unread(softmax, f"{product.name} stands before the product with the values")
     if product is None or not vocab.is_matmul(product) or product.args[0] is not weights:
-        user = "several ops" if product is None else product.name
-        return _unread(softmax, f"it is read by {user}, not by a product with the values")
+        return None
     logits: Any = softmax.args[0]
     attn_mask = softcap = None
     # A mask hides alike whether it is added before the scaling or after it.
