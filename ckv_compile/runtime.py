@@ -49,12 +49,8 @@ class Region:
             self.reports.append(report)
             return compiled
 
-        # Compiles of two models, or of two configurations of one, must not share a recompile limit.
         self.call = torch.compile(
-            _region(model),
-            backend=backend,
-            isolate_recompiles=True,
-            recompile_limit=_RECOMPILE_LIMIT,
+            _region(model), backend=backend, recompile_limit=_RECOMPILE_LIMIT
         )
 
     @property
@@ -71,6 +67,10 @@ def _region(self: nn.Module) -> Callable[..., Any]:
             plan.mark()
         return self._call_impl(*args, **kwargs)
 
+    # Dynamo keeps what it has compiled by code object: two models, or two configurations of one,
+    # must share neither that nor a recompile limit. Not isolate_recompiles, whose identity is the
+    # whole process's in torch 2.13: a compile in another thread would take it.
+    forward.__code__ = forward.__code__.replace()
     return forward
 
 
