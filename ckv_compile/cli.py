@@ -32,6 +32,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _coverage(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    from .coverage.check import WRONG
     from .coverage.runner import run, summary
 
     try:
@@ -42,4 +43,4 @@ def _coverage(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         parser.error(str(error))
     for what, number in summary(results).items():
         print(f"{number:4d}  {what}")
-    return int(any(result.status == "wrong" for result in results))
+    return int(any(result.status == WRONG for result in results))

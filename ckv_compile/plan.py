@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .config import CacheBytes, EvictionConfig
+from .sizes import varies
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,8 +17,8 @@ class Plan:
 
     ``capacity`` is empty and as long as the budget for ``tokens`` and all before them;
     ``row_budgets`` ``[B]`` int64 are those of the rows that the mask ``padding`` pads, both None
-    without padding. ``gap`` is None for a fresh prefill; for what follows one its size says how
-    many tokens are evicted, and only the columns of ``padding`` from there on are of the cache.
+    without padding. ``gap`` is None for a fresh prefill; for what follows one it counts the
+    tokens that are evicted, and only the columns of ``padding`` from there on are of the cache.
     ``strict``: a cache of other tokens than these must stay whole, for ours will count these.
 
     Not read by the graph: ``seen`` tokens when it has run, ``real`` ``[B, K]`` entries then.
@@ -77,5 +78,5 @@ def plan_for(
         row_budgets = torch.tensor(budgets, device=tokens.device)
     # Expanded from one element: the size is what counts, not the memory.
     capacity = torch.empty((), dtype=torch.uint8, device=tokens.device).expand(length)
-    torch._dynamo.maybe_mark_dynamic(capacity, 0)
+    varies(capacity, 0)
     return Plan(capacity, tokens, held_mask, row_budgets, gap, strict, seen, real)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import inspect
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,18 +13,23 @@ from torch import Tensor, nn
 
 from .backend import Compiled, compile_graph, log_default_budget
 from .config import CacheBytes, EvictionConfig
+from .inputs import (
+    MASKS,
+    by_name,
+    cache_room,
+    first_two,
+    is_contiguous,
+    mark_dynamic,
+    prepare_mask,
+    tokens_of,
+)
 from .passes import insert  # noqa: F401  registers the capacity marker
 from .plan import Plan, plan_for
 from .report import NOTHING_MATCHED, Report, merged
 
-# The tensors whose axis 1 counts tokens; the first one present says how long the prompt is.
-_TOKENS = ("decoder_input_ids", "decoder_inputs_embeds", "input_ids", "inputs_embeds")
-_MASKS = ("attention_mask", "decoder_attention_mask")
 # Prefill, decode, later turns, each with and without padding and positions, batches of one and of
 # many: more kinds of calls than Dynamo's default of 8, and past the limit nothing is evicted.
 _RECOMPILE_LIMIT = 32
-
-_LENGTH_AXIS_1 = (*_TOKENS, *_MASKS, "position_ids", "token_type_ids")
 
 
 class Region:
@@ -49,9 +52,7 @@ class Region:
             self.reports.append(report)
             return compiled
 
-        self.call = torch.compile(
-            _region(model), backend=backend, recompile_limit=_RECOMPILE_LIMIT
-        )
+        self.call = torch.compile(_region(model), backend=backend, recompile_limit=_RECOMPILE_LIMIT)
 
     @property
     def bakes_budget(self) -> bool:
@@ -125,11 +126,11 @@ class OptimizedForward:
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """Prepare cache, mask and budget of an inference call and run it in the region."""
-        args, kwargs = _by_name(self.model, args, kwargs)
-        tokens, room = _tokens_of(args, kwargs), _cache_room()
-        cache = self._prepare_cache(kwargs)
+        args, kwargs = by_name(self.model, args, kwargs)
+        tokens, room = tokens_of(args, kwargs), cache_room()
+        cache, q_len = self._prepare_cache(kwargs), 0 if tokens is None else tokens.shape[1]
         if cache is None:
-            return self._run(tokens, None, True, args, kwargs)[0]
+            return self._run(tokens, None, True, q_len > 1, args, kwargs)[0]
         if not isinstance(cache, room.DynamicCache):
             self._warn_once(
                 "cache",
@@ -137,50 +138,50 @@ class OptimizedForward:
                 "pass an EvictedCache, a DynamicCache or none",
             )
             return self.model._call_impl(*args, **kwargs)
-        q_len = 0 if tokens is None else tokens.shape[1]
-        cutting = q_len > 1 and self._cuts(cache)
+        fresh = room.tokens_seen(cache) == 0
+        cutting = q_len > 1 and (fresh or self._cuts_again(cache))
         with room.writing(cache, q_len, cutting=cutting):
-            result, plan = self._run(tokens, cache, cutting, args, kwargs)
+            result, plan = self._run(tokens, cache, fresh, cutting, args, kwargs)
         if plan is not None:
             room.settle(cache, plan, self.config.window_size)
         elif q_len == 1:
             room.finish_prompt(cache)
         return result
 
-    def _cuts(self, cache: Any) -> bool:
+    def _cuts_again(self, cache: Any) -> bool:
         """Whether several tokens behind ``cache`` leave it cut to the budget of all of them."""
-        room = _cache_room()
-        if room.tokens_seen(cache) == 0:
-            return True
+        room = cache_room()
         turn = self.config.later_turns == "evict" and not room.takes_back(cache)
         return (turn or room.in_prompt(cache)) and room.can_cut_again(cache)
 
     def _run(
-        self, tokens: Tensor | None, cache: Any, cutting: bool, args: Any, kwargs: dict[str, Any]
+        self,
+        tokens: Tensor | None,
+        cache: Any,
+        fresh: bool,
+        cutting: bool,
+        args: Any,
+        kwargs: dict[str, Any],
     ) -> tuple[Any, Plan | None]:
         """The call's result, and what it was to keep; None where nothing is cut."""
-        fresh = cache is None or _cache_room().tokens_seen(cache) == 0
         seen_mask = kwargs.get(self._decoder_mask)
         # Without a cache transformers takes positions that start anew for packed texts, but
         # only where there is no mask.
         packs = cache is None and kwargs.get("position_ids") is not None
-        mask = _prepare_mask(
+        mask = prepare_mask(
             kwargs, self._decoder_mask, None if fresh else cache, tokens, drops=not packs
         )
-        if mask is not None and fresh and not _is_contiguous(mask):
+        if mask is not None and fresh and not is_contiguous(mask):
             self._warn_once(
                 "holes",
                 "attention_mask has holes between real tokens: this call runs uncompiled and "
                 "evicts nothing",
             )
             return self.model._call_impl(*args, **kwargs), None
-        size = None
-        if cutting and tokens is not None and self.config.counts_bytes:
-            size = self.size = self._cache_bytes(tokens, kwargs)
-        plan = self._plan(tokens, cache, seen_mask, mask, size) if cutting else None
-        _mark_dynamic(tokens, kwargs)
+        plan = self._plan(tokens, cache, fresh, seen_mask, mask, kwargs) if cutting else None
+        mark_dynamic(tokens, kwargs)
         if cache is not None:
-            _cache_room().announce(cache, plan)
+            cache_room().announce(cache, plan)
         try:
             self.region.counted = cache is not None
             with _compile_settings():
@@ -202,7 +203,7 @@ class OptimizedForward:
 
     def _prepare_cache(self, kwargs: dict[str, Any]) -> Any:
         """The caller's transformers cache, made to remember logical lengths; a new one for none."""
-        room = _cache_room()
+        room = cache_room()
         if room is None:
             return None
         cache = kwargs.get("past_key_values")
@@ -217,17 +218,19 @@ class OptimizedForward:
 
     def _plan(
         self,
-        tokens: Tensor | None,
+        tokens: Any,
         cache: Any,
+        fresh: bool,
         seen_mask: Tensor | None,
         mask: Tensor | None,
-        size: CacheBytes | None,
+        kwargs: dict[str, Any],
     ) -> Plan | None:
-        if tokens is None or tokens.shape[1] == 1:
-            return None
-        if cache is None or _cache_room().tokens_seen(cache) == 0:
+        size = None
+        if self.config.counts_bytes:
+            size = self.size = self._cache_bytes(tokens, kwargs)
+        if fresh:
             # Without layers that remember their rows, a padded batch must keep its whole cache.
-            if cache is None or not _cache_room().follows_rows(cache):
+            if cache is None or not cache_room().follows_rows(cache):
                 mask = None
             return plan_for(
                 self.config,
@@ -237,13 +240,13 @@ class OptimizedForward:
                 size=size,
                 strict=cache is not None,
             )
-        layer = _cache_room().first_layer(cache)
+        layer = cache_room().first_layer(cache)
         before = layer.get_seq_length()
         if mask is not None:
             kv_len = layer.held + tokens.shape[1]
             counted = seen_mask is not None and seen_mask.shape[1] == before + tokens.shape[1]
             # Who does not know how many tokens its rows have seen, or has pads between them, waits.
-            if not counted or not _is_contiguous(mask[:, -kv_len:]):
+            if not counted or not is_contiguous(mask[:, -kv_len:]):
                 return None
         return plan_for(
             self.config,
@@ -261,7 +264,7 @@ class OptimizedForward:
 
         No configuration says it for every model: heads may be shared, layers bounded.
         """
-        room = _cache_room()
+        room = cache_room()
         cache = None if room is None else room.cache_for(self.model)
         if cache is None:
             raise ValueError(
@@ -270,8 +273,8 @@ class OptimizedForward:
             )
         dtype = next((p.dtype for p in self.model.parameters()), None)
         if dtype not in self.row_bytes:
-            short = {name: _first_two(name, value) for name, value in kwargs.items()}
-            short = {k: v for k, v in short.items() if k not in (*_MASKS, "position_ids")}
+            short = {name: first_two(name, value) for name, value in kwargs.items()}
+            short = {k: v for k, v in short.items() if k not in (*MASKS, "position_ids")}
             self.model._call_impl(**{**short, "past_key_values": cache, "use_cache": True})
             self.row_bytes[dtype] = room.row_bytes(room.self_attention_of(cache))
         entry, bounded = self.row_bytes[dtype]
@@ -308,118 +311,3 @@ def _compile_settings() -> Iterator[None]:
         torch._dynamo.config.patch(fail_on_recompile_limit_hit=True),
     ):
         yield
-
-
-def _by_name(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The call with its positional arguments named, where the forward names them."""
-    if not args:  # generate names everything; it need not be looked up at each token
-        return (), dict(kwargs)
-    parameters = list(inspect.signature(model.forward).parameters.values())[: len(args)]
-    named = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
-    if len(named) < len(args) or set(named) & set(kwargs):
-        return args, dict(kwargs)
-    return (), {**dict(zip(named, args, strict=True)), **kwargs}
-
-
-def _tokens_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    """The input whose axis 1 counts tokens: by its name, or else the first tensor of the call."""
-    named = [kwargs[name] for name in _TOKENS if isinstance(kwargs.get(name), Tensor)]
-    for value in (*named, *args, *kwargs.values()):
-        if isinstance(value, Tensor):
-            return value if value.dim() >= 2 else None
-    return None
-
-
-def _cache_room() -> Any:
-    """``ckv_compile.cache``, where transformers is in use; a model of another origin needs none."""
-    if "transformers" not in sys.modules:
-        return None
-    from . import cache
-
-    return cache
-
-
-def _prepare_mask(
-    kwargs: dict[str, Any],
-    decoder_mask: str,
-    cache: Any,
-    tokens: Tensor | None,
-    *,
-    drops: bool = True,
-) -> Tensor | None:
-    """Drop masks that hide nothing, fit the decoder's to a filled cache; returns it if it hides.
-
-    A 2-D mask of ones costs a ``[Q, K]`` tensor in the graph and says nothing.
-    """
-    kept = ""
-    if cache is not None and tokens is not None:
-        mask = kwargs.get(decoder_mask)
-        if mask is None or (isinstance(mask, Tensor) and mask.dim() == 2):
-            fitted = _cache_room().physical_mask(cache, mask, tokens.shape[1])
-            if fitted is not None:
-                kwargs[decoder_mask] = fitted
-            # One graph for all steps: the mask stays when the last slot is in use.
-            kept = decoder_mask if _cache_room().is_fixed(cache) else ""
-    for name in _MASKS if drops else ():
-        mask = kwargs.get(name)
-        if name == kept or not isinstance(mask, Tensor) or mask.dim() != 2:
-            continue
-        if bool((mask == 1).all()):
-            kwargs[name] = None
-    mask = kwargs.get(decoder_mask)
-    return mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
-
-
-def _first_two(name: str, value: Any) -> Any:
-    """An input of a call, as it would be for a prompt of two tokens."""
-    counts = name in _LENGTH_AXIS_1 and isinstance(value, Tensor) and value.dim() >= 2
-    return value[:, :2] if counts else value
-
-
-def _is_contiguous(mask: Tensor) -> bool:
-    """Whether the real tokens of each row stand together."""
-    real = mask.bool()
-    starts = real[:, :1].sum(-1) + (real[:, 1:] & ~real[:, :-1]).sum(-1)
-    return bool((starts <= 1).all())
-
-
-def _mark_dynamic(tokens: Tensor | None, kwargs: dict[str, Any]) -> None:
-    """Tell Dynamo which sizes vary, so that the first prompt does not fix them."""
-    if tokens is not None:
-        _mark(tokens, 1)
-    for name, value in kwargs.items():
-        if isinstance(value, Tensor):
-            if name in _LENGTH_AXIS_1 and value.dim() >= 2:
-                _mark(value, 1)
-                if value.dim() == 4:  # a ready-made mask [B, 1, Q, K]
-                    _mark(value, 2)
-                    _mark(value, 3)
-        else:
-            _mark_cache(value)
-
-
-def _mark(tensor: Tensor, dim: int) -> None:
-    if tensor.shape[dim] > 1:
-        torch._dynamo.maybe_mark_dynamic(tensor, dim)
-
-
-def _mark_cache(value: Any) -> None:
-    """The lengths of the ``[B, Hkv, K, D]`` tensors in a cache object or in nested tuples."""
-    if isinstance(value, Tensor):
-        if value.dim() == 4:
-            _mark(value, 2)
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            _mark_cache(item)
-    elif isinstance(getattr(value, "layers", None), list):
-        for layer in value.layers:
-            if hasattr(layer, "declare_sizes"):
-                layer.declare_sizes()
-            else:
-                _mark_cache((getattr(layer, "keys", None), getattr(layer, "values", None)))
-    else:
-        for part in ("self_attention_cache", "cross_attention_cache"):
-            if hasattr(value, part):
-                _mark_cache(getattr(value, part))

@@ -40,11 +40,6 @@ def compiled():
     return ckv_compile.optimize(tiny(), 0.5, lowering="inductor")
 
 
-@pytest.fixture(scope="module")
-def half():
-    return ckv_compile.optimize(tiny(), 0.5, lowering="eager")
-
-
 @pytest.mark.parametrize("options", [{}, {"max_new_tokens": 40}], ids=["growing", "fixed"])
 def test_the_decode_code_writes_one_token_and_concatenates_nothing(compiled, options):
     """The generated code itself: nothing but the mask is made in the length of the cache."""

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import copy
-from unittest import mock
 
 import eager
 import pytest
 import torch
 from capture import captured
-from families import prompt, tiny
+from families import generated, prompt, tiny
 from safetensors.torch import save_file
 from transformers import (
     BartConfig,
@@ -24,23 +23,6 @@ from ckv_compile.passes.pipeline import rewrite
 
 # A test that silently runs uncompiled proves nothing about eviction.
 pytestmark = pytest.mark.filterwarnings("error:ckv_compile. the recompile limit")
-
-
-@pytest.fixture(scope="module")
-def model():
-    """One model for all tests; together they make more kinds of calls than a program does."""
-    with mock.patch("ckv_compile.runtime._RECOMPILE_LIMIT", 200):
-        return ckv_compile.optimize(tiny(), 0.5, lowering="eager")
-
-
-@pytest.fixture
-def half(model):
-    return ckv_compile.optimize(model, 0.5, lowering="eager")
-
-
-def generated(model, ids, steps=8, **options):
-    options = {"max_new_tokens": steps, "do_sample": False, **options}
-    return model.generate(ids, return_dict_in_generate=True, **options)
 
 
 def oracle(ids, budget=0.5, steps=8):

@@ -7,7 +7,7 @@ import copy
 import eager
 import pytest
 import torch
-from families import FAMILIES, prompt, tiny
+from families import FAMILIES, generated, prompt, tiny
 from torch._dynamo.utils import counters
 from transformers import DynamicCache
 
@@ -15,12 +15,6 @@ import ckv_compile
 from ckv_compile import EvictionConfig
 
 LENGTHS = (77, 50, 20, 33, 34, 2, 128, 64, 16)
-
-
-def generated(model, ids, steps=6, **options):
-    return model.generate(
-        ids, max_new_tokens=steps, do_sample=False, return_dict_in_generate=True, **options
-    )
 
 
 @pytest.fixture(scope="module", params=["aot_eager", "inductor"])
@@ -155,10 +149,10 @@ def test_low_precision_generates(dtype):
 
 def test_restore_gives_the_model_back():
     model, ids = tiny(), prompt(60)
-    expected = generated(model, ids).sequences
+    expected = generated(model, ids, 6).sequences
     ckv_compile.optimize(model, 0.6, lowering="eager")
     assert ckv_compile.restore(model) is model
-    out = generated(model, ids)
+    out = generated(model, ids, 6)
     assert torch.equal(out.sequences, expected) and out.past_key_values.get_seq_length() == 65
     assert ckv_compile.restore(model) is model  # twice does no harm
 

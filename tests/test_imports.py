@@ -16,15 +16,17 @@ PACKAGE = Path(ckv_compile.__file__).parent
 # room: the rooms it may import. A room is a file or a folder of the package.
 ARROWS = {
     "config": set(),
+    "sizes": set(),
     "site": set(),
     "kernels": {"site", "config"},
-    "methods": {"kernels", "site", "config"},
-    "passes": {"methods", "kernels", "site", "config"},
+    "methods": {"kernels", "site", "config", "sizes"},
+    "passes": {"methods", "kernels", "site", "config", "sizes"},
     "report": {"site", "config"},
     "backend": {"passes", "methods", "report", "site", "config"},
-    "cache": {"config"},
-    "plan": {"config"},
-    "runtime": {"cache", "plan", "backend", "passes", "report", "config"},
+    "cache": {"sizes"},
+    "plan": {"config", "sizes"},
+    "inputs": {"cache", "sizes"},
+    "runtime": {"inputs", "cache", "plan", "backend", "passes", "report", "config"},
     "api": {"runtime", "cache", "backend", "report", "config"},
     # A tool beside the library: it may look at everything, and nothing looks at it but the shell.
     "coverage": {"api", "cache", "kernels", "report", "config"},

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from unittest import mock
 
 import eager
 import pytest
 import torch
-from families import prompt, tiny
+from families import generated, prompt, tiny
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import Cache, DynamicCache, PreTrainedTokenizerFast, TextIteratorStreamer
 from transformers.cache_utils import QuantizedLayer
@@ -19,22 +18,6 @@ from ckv_compile import EvictedCache, EvictionConfig
 
 HALF = EvictionConfig(budget=0.5)
 pytestmark = pytest.mark.filterwarnings("error:ckv_compile. the recompile limit")
-
-
-@pytest.fixture(scope="module")
-def model():
-    with mock.patch("ckv_compile.runtime._RECOMPILE_LIMIT", 200):
-        return ckv_compile.optimize(tiny(), 0.5, lowering="eager")
-
-
-@pytest.fixture
-def half(model):
-    return ckv_compile.optimize(model, 0.5, lowering="eager")
-
-
-def generated(model, ids, steps=6, **options):
-    options = {"max_new_tokens": steps, "do_sample": False, **options}
-    return model.generate(ids, return_dict_in_generate=True, **options)
 
 
 @torch.no_grad()

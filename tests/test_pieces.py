@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from unittest import mock
-
 import eager
 import pytest
 import torch
@@ -16,12 +14,6 @@ from ckv_compile import EvictedCache, EvictionConfig
 pytestmark = pytest.mark.filterwarnings("error:ckv_compile. the recompile limit")
 
 HALF = EvictionConfig(budget=0.5)
-
-
-@pytest.fixture(scope="module")
-def half():
-    with mock.patch("ckv_compile.runtime._RECOMPILE_LIMIT", 200):
-        return ckv_compile.optimize(tiny(), 0.5, lowering="eager")
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from unittest import mock
 import eager
 import pytest
 import torch
-from families import prompt, tiny
+from families import generated, prompt, tiny
 from transformers import DynamicCache
 
 import ckv_compile
@@ -21,11 +21,6 @@ from ckv_compile.methods.evict import EvictKV
 
 FIXED, ACCIDENTS = {"max_new_tokens": 60}, []  # a custom op calls and takes what is in ACCIDENTS
 optimized = partial(ckv_compile.optimize, budget=0.5, lowering="eager")
-
-
-def generated(model, ids, steps=6, **options):
-    options = {"max_new_tokens": steps, "do_sample": False, **options}
-    return model.generate(ids, return_dict_in_generate=True, **options)
 
 
 @torch.no_grad()

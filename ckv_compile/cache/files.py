@@ -11,7 +11,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .layers import EvictedLayer, sized
+from ..sizes import sized
+from .layers import EvictedLayer
 
 _FORMAT, _VERSION = "ckv_compile.EvictedCache", 1
 

@@ -9,21 +9,10 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
+from ..sizes import number_of, sized, varies
+
 # A buffer grows by this many tokens at least: what it holds is copied once in so many steps.
 _BLOCK = 128
-
-
-def sized(number: int, device: Any = None) -> Tensor:
-    """A number as the size of an empty tensor: Dynamo would compile once for each plain int.
-
-    Plus 2, for it specialises the sizes 0 and 1.
-    """
-    return torch.empty(number + 2, 0, device=device)
-
-
-def number_of(size: Tensor) -> int:
-    """What ``sized`` holds; a symbol where it is traced."""
-    return size.shape[0] - 2
 
 
 class EvictedLayer(DynamicLayer):
@@ -51,7 +40,7 @@ class EvictedLayer(DynamicLayer):
         # Entries before the observation window: here tokens are missing in between.
         self.thinned = 0
         self.prompt_len = 0
-        # Whether the next tokens may still be a piece of the prompt; see ``in_prompt``.
+        # Whether the prompt is over: no later tokens are a piece of it; see ``in_prompt``.
         self.complete = False
         # Whether tokens may be taken back, as in assisted decoding: they are no piece of a prompt.
         self.record_past = False
@@ -137,7 +126,7 @@ class EvictedLayer(DynamicLayer):
             if end <= self._keys.shape[-2]:
                 self._keys[:, :, start:end] = key_states
                 self._values[:, :, start:end] = value_states
-                self.count = self.count.new_empty(end + 2, 0)
+                self.count = sized(end, self.count.device)
                 return self.keys, self.values
         keys, values = self.keys, self.values
         self.count = None
@@ -248,8 +237,7 @@ class EvictedLayer(DynamicLayer):
                 self._declare_length(size, 0)
 
     def _declare_length(self, tensor: Tensor, dim: int) -> None:
-        if tensor.shape[dim] > 1:
-            torch._dynamo.maybe_mark_dynamic(tensor, dim)
+        varies(tensor, dim)
 
 
 class FixedLayer(EvictedLayer):

@@ -27,7 +27,8 @@ from ..report import SiteRow
 from .tiny import build
 
 N, SHORT, STEPS = 60, 40, 5
-CONFIG = EvictionConfig(budget=0.5, window_size=8, lowering="eager")
+OPTIONS: dict[str, Any] = {"window_size": 8, "lowering": "eager"}
+CONFIG = EvictionConfig(budget=0.5, **OPTIONS)
 
 # Lower case: what a table shows. Only "wrong" is a bug of ours.
 RIGHT, ALONE, WRONG, NOT_RUN = "right", "left alone", "wrong", "not run"
@@ -84,13 +85,13 @@ def _check(result: Result) -> None:
     if cache is None:
         raise _NotRun("generates without a cache of keys and values")
     result.layers = sum(_length(layer) == N + STEPS - 1 for layer in cache.layers)
-    model = optimize(copy.deepcopy(plain), 1.0, window_size=CONFIG.window_size, lowering="eager")
+    model = optimize(copy.deepcopy(plain), 1.0, **OPTIONS)
     checks = result.checks
     counters.clear()
     checks["budget 1.0"] = torch.equal(_generate(model, ids).sequences, full.sequences)
     result.breaks_ours, result.breaks_theirs = _breaks()
 
-    optimize(model, CONFIG.budget, window_size=CONFIG.window_size, lowering="eager")
+    optimize(model, CONFIG.budget, **OPTIONS)
     cut = _generate(model, ids)
     report = explain(model)
     rows = [row for row in report.sites if row.phase == "prefill" and row.action == "evict"]
@@ -123,32 +124,32 @@ def _check_padded(result: Result, plain: nn.Module, model: nn.Module, ids: Tenso
     rows[1, 0] = 2
     mask = torch.ones_like(rows)
     mask[0, : N - SHORT] = 0
+    padded = rows * mask + (1 - mask)
+
+    def alone(one: nn.Module) -> Tensor:
+        real = (rows[:1, N - SHORT :], rows[1:])
+        return torch.cat([_generate(one, row).sequences[:, -STEPS:] for row in real])
+
     try:
-        expected = _generate(plain, rows * mask + (1 - mask), mask)
+        expected = _generate(plain, padded, mask).sequences
     except Exception as error:
         result.note = f"no padded batches: {type(error).__name__}: {_first_line(error)}"
         return
-    options = {"window_size": CONFIG.window_size, "lowering": "eager"}
-    whole = _generate(optimize(model, 1.0, **options), rows * mask + (1 - mask), mask)
-    result.checks["padded, 1.0"] = torch.equal(whole.sequences, expected.sequences)
-    alone = [
-        _generate(plain, row).sequences[:, -STEPS:] for row in (rows[:1, N - SHORT :], rows[1:])
-    ]
-    if not torch.equal(torch.cat(alone), expected.sequences[:, -STEPS:]):
+    whole = _generate(optimize(model, 1.0, **OPTIONS), padded, mask).sequences
+    result.checks["padded, 1.0"] = torch.equal(whole, expected)
+    if not torch.equal(alone(plain), expected[:, -STEPS:]):
         result.note = "the unmodified model's padded rows differ from the rows alone"
         return
-    optimize(model, CONFIG.budget, **options)
-    padded = _generate(model, rows * mask + (1 - mask), mask)
-    held = [_length(layer) for layer in _cache_of(padded).layers]
-    alone = [
-        _generate(model, row).sequences[:, -STEPS:] for row in (rows[:1, N - SHORT :], rows[1:])
-    ]
+    optimize(model, CONFIG.budget, **OPTIONS)
+    cut = _generate(model, padded, mask)
+    held = [_length(layer) for layer in _cache_of(cut).layers]
     if held.count(N // 2 + STEPS - 1) < result.evicted:
         # Left whole, with its reason: then it is the unmodified batch.
-        alone = [expected.sequences[:, -STEPS:]]
+        tokens = expected[:, -STEPS:]
         result.reasons = dict(Counter(row.reason for row in explain(model).rejections))
-    same = torch.equal(padded.sequences[:, -STEPS:], torch.cat(alone))
-    result.checks["padded, 0.5"] = same
+    else:
+        tokens = alone(model)
+    result.checks["padded, 0.5"] = torch.equal(cut.sequences[:, -STEPS:], tokens)
 
 
 def _generate(model: Any, ids: Tensor, mask: Tensor | None = None) -> Any:

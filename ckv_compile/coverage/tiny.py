@@ -129,21 +129,20 @@ _SPECIAL: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+_CLASSES = {
+    CAUSAL: modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    SEQ2SEQ: modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+}
+
+
 def architectures() -> list[tuple[str, str]]:
     """``(kind, model type)`` of every causal and seq2seq architecture of the installed version."""
-    kinds = (
-        (CAUSAL, modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
-        (SEQ2SEQ, modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES),
-    )
-    return [(kind, name) for kind, names in kinds for name in names]
+    return [(kind, name) for kind, names in _CLASSES.items() for name in names]
 
 
 def build(kind: str, model_type: str) -> nn.Module:
     """A random model of two layers or so, in eval mode, the same at every call."""
-    names = dict(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
-    if kind == SEQ2SEQ:
-        names = dict(modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES)
-    name = names[model_type]
+    name = _CLASSES[kind][model_type]
     model_class = getattr(transformers, name if isinstance(name, str) else name[0])
     config = _config(model_class, kind, model_type)
     torch.manual_seed(0)

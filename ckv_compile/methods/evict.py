@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..config import CacheBytes, EvictionConfig
 from ..kernels.compact import compact
 from ..kernels.select import select
+from ..sizes import number_of
 from . import METHODS
 from .base import ScoreInputs
 
@@ -49,8 +50,8 @@ class EvictKV(nn.Module):
         """``[B, Hkv, K, D]`` to ``[B, Hkv, budget, D]``; the size of ``capacity`` is the budget.
 
         ``padding`` ``[B, K]`` is false at pads; row ``b`` then keeps ``row_budgets[b]`` entries, in
-        its last slots. With ``gap`` its first columns, as many as the size of ``gap`` minus 2, are
-        of tokens that an earlier eviction has taken.
+        its last slots. With ``gap`` its first columns, as many as ``gap`` counts, are of tokens
+        that an earlier eviction has taken.
 
         ``cached``, two tensors ``[B, 1, K, *]``, is what the cache holds where ``key`` and
         ``value`` are made of it for all heads: an entry then counts what its heads give it on
@@ -63,7 +64,7 @@ class EvictKV(nn.Module):
             budget = torch.sym_min(capacity.shape[0], kv_len)
         real = None if padding is None else padding.bool()
         if real is not None and gap is not None:
-            real = real.narrow(1, gap.shape[0] - 2, kv_len)
+            real = real.narrow(1, number_of(gap), kv_len)
         inputs = ScoreInputs(
             query, key, value, o_proj_weight, self.in_out, scale, softcap, self.config, real
         )

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
 from ..site import AttentionSite
 from . import vocabulary as vocab
@@ -37,7 +37,7 @@ def _is_foldable(site: AttentionSite) -> bool:
     repeated = site.num_key_value_groups > 1 and not site.latent
     if site.phase != "decode" or not repeated or not vocab.is_sdpa(node):
         return False
-    if site.is_causal or vocab.argument(node, 5, "is_causal", False) is not False:
+    if site.is_causal:
         return False
     if site.attn_mask is None:
         return True
@@ -48,38 +48,19 @@ def _is_foldable(site: AttentionSite) -> bool:
 def _fold(gm: GraphModule, site: AttentionSite) -> None:
     graph, heads = gm.graph, (site.num_key_value_heads, site.num_key_value_groups)
     with graph.inserting_before(site.sdpa):
-        split = _called(graph, "unflatten", site.query, 1, heads)  # [B, Hkv, G, 1, D]
-        query = _called(graph, "flatten", split, 2, 3)
+        split = graph.call_method("unflatten", (site.query, 1, heads))  # [B, Hkv, G, 1, D]
+        query = graph.call_method("flatten", (split, 2, 3))
         args = (query, site.cache_key, site.cache_value, site.attn_mask)
-        folded = graph.call_function(
-            F.scaled_dot_product_attention, args, {"scale": vocab.argument(site.sdpa, 6, "scale")}
-        )
-        result = _called(graph, "unflatten", folded, 2, (heads[1], 1))
-        output = _called(graph, "flatten", result, 1, 2)
-    site.sdpa.replace_all_uses_with(output)
+        folded = graph.call_function(F.scaled_dot_product_attention, args, {"scale": site.scale})
+        result = graph.call_method("unflatten", (folded, 2, (heads[1], 1)))
+        output = graph.call_method("flatten", (result, 1, 2))
     for new in (split, query, folded, result, output):
-        new.meta.update(
-            (key, site.sdpa.meta[key])
-            for key in ("stack_trace", "nn_module_stack", "source_fn_stack")
-            if key in site.sdpa.meta
-        )
-        _propagate(new)
+        method = new.op == "call_method"
+        vocab.annotate(new, getattr(torch.Tensor, new.target) if method else new.target, site.sdpa)
+    site.sdpa.replace_all_uses_with(output)
     graph.erase_node(site.sdpa)
     # Not eliminate_dead_code: a write into the cache's buffer has no users either.
     for operand in (site.key, site.value):
         for node in chain_above(operand):
             if not node.users and vocab.layout_op_of(node) is not None:
                 graph.erase_node(node)
-
-
-def _called(graph: torch.fx.Graph, name: str, *args: object) -> Node:
-    return graph.call_method(name, args)
-
-
-def _propagate(node: Node) -> None:
-    """Give the node its example value, under the fake mode of its inputs."""
-    args = [vocab.value_of(arg) if isinstance(arg, Node) else arg for arg in node.args]
-    kwargs = {k: vocab.value_of(v) if isinstance(v, Node) else v for k, v in node.kwargs.items()}
-    target = getattr(torch.Tensor, node.target) if node.op == "call_method" else node.target
-    with vocab.fake_mode_of(args):
-        node.meta["example_value"] = target(*args, **kwargs)

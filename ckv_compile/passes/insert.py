@@ -12,6 +12,7 @@ from torch.fx import GraphModule, Node
 from ..config import EvictionConfig
 from ..methods.evict import EvictKV
 from ..site import AttentionSite, Phase, Reason, Rejection
+from ..sizes import number_of
 from . import vocabulary as vocab
 from .axes import chain_above
 
@@ -29,7 +30,7 @@ def capacity_marker(
 
     ``row_budgets`` ``[B]`` are the budgets of the rows that the mask ``padding`` pads; both None
     without padding. ``gap`` is None for a fresh prefill; else ``tokens`` come behind what an
-    eviction left, its size minus 2 tokens are missing there, and ``padding`` counts them.
+    eviction left, it counts the tokens that are missing there, and so does ``padding``.
     ``strict``: a cache that counts other tokens than these must stay whole.
 
     A budget that is an input costs no second compile when it changes. The pass takes the marker
@@ -61,11 +62,6 @@ class Capacity:
     gap: Node | None = None
     strict: bool = False
 
-    @property
-    def phase(self) -> Phase:
-        """Which calls the budget is for."""
-        return "prefill" if self.gap is None else "continuation"
-
     def fits(self, site: AttentionSite) -> bool:
         """Whether the site caches exactly the tokens that the budget counts."""
         shape = vocab.shape_of(self.tokens)
@@ -78,9 +74,14 @@ class Capacity:
         """
         if site.padding is None:
             return self.padding is None
-        gap = vocab.shape_of(self.gap)
-        aligned = gap is None or vocab.known(gap[0] - 2 == site.padding_offset)
+        gap = vocab.value_of(self.gap)
+        aligned = gap is None or vocab.known(number_of(gap) == site.padding_offset)
         return aligned and chain_above(site.padding)[-1] is self.padding and self.fits(site)
+
+
+def phase_of(capacity: Capacity | None) -> Phase:
+    """Which calls are cut; without a capacity the first piece of a prompt."""
+    return "prefill" if capacity is None or capacity.gap is None else "continuation"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,11 +121,12 @@ def without_uncounted(
     left: list[AttentionSite] = []
     for site in sites:
         reason, detail = None, ""
-        if site.phase == rows.phase and rows.strict and not rows.fits(site):
+        cut = site.phase == phase_of(capacity)
+        if cut and rows.strict and not rows.fits(site):
             reason = Reason.UNCOUNTED_TOKENS
             came_in = vocab.shape_of(rows.tokens) or "others"
             detail = f"{site.q_len} tokens are cached where {came_in} came in"
-        elif site.phase == rows.phase and not rows.counts_rows_of(site):
+        elif cut and not rows.counts_rows_of(site):
             reason = Reason.PADDING_MASK
             detail = (
                 f"mask {site.attn_mask} hides {site.padding}, rows are counted on {rows.padding}"
@@ -151,7 +153,7 @@ def insert_eviction(
     piece of a prompt is cut like its first one, if the ``capacity`` says so. A graph
     that has eviction nodes already is left as it is, so a second run inserts nothing.
     """
-    cut = [site for site in sites if site.phase == (capacity or Capacity(None, None)).phase]
+    cut = [site for site in sites if site.phase == phase_of(capacity)]
     done = any(isinstance(module, EvictKV) for module in gm.modules())
     if done or (config.budget.keeps_everything and capacity is None):  # type: ignore[union-attr]
         cut = []
@@ -193,26 +195,14 @@ def _insert(
     with graph.inserting_after(node):
         value = graph.call_function(operator.getitem, (node, 1))
         key = graph.call_function(operator.getitem, (node, 0))
-    for copied in ("stack_trace", "nn_module_stack", "source_fn_stack"):
-        if copied in site.sdpa.meta:
-            for new in (node, key, value):
-                new.meta[copied] = site.sdpa.meta[copied]
-    _propagate(gm, node, module)
-    for i, new in enumerate((key, value)):
-        new.meta["example_value"] = node.meta["example_value"][i]
+    vocab.annotate(node, module, like=site.sdpa)
+    for new in (key, value):
+        vocab.annotate(new, operator.getitem, like=site.sdpa)
     _repoint(gm, dict.fromkeys(site.key_outputs, key) | dict.fromkeys(site.value_outputs, value))
     return Inserted(site, node, module)
 
 
-def _propagate(gm: GraphModule, node: Node, module: EvictKV) -> None:
-    """Give the node its example value, under the fake mode of its inputs."""
-    values = torch.fx.node.map_arg(node.args, vocab.value_of)
-    named = torch.fx.node.map_arg(node.kwargs, vocab.value_of)
-    with vocab.fake_mode_of(values):
-        node.meta["example_value"] = module(*values, **named)
-
-
 def _repoint(gm: GraphModule, new: dict[int, Node]) -> None:
     (output,) = (node for node in gm.graph.nodes if node.op == "output")
-    returned = tuple(new.get(i, value) for i, value in enumerate(output.args[0]))
+    returned = tuple(new.get(i, value) for i, value in enumerate(vocab.outputs_of(gm)))
     output.args = (returned,)

@@ -216,17 +216,12 @@ def _checked_projection(
     return Projection(node, weight, in_out)
 
 
-def _returned(gm: GraphModule) -> tuple[Any, ...]:
-    (output,) = (node for node in gm.graph.nodes if node.op == "output")
-    return tuple(output.args[0])
-
-
 def _latents(gm: GraphModule, attention: Attention) -> tuple[_Cached, _Cached] | None:
     """The two tensors with one head each of which K and V are made; None if they are not so made.
 
     Where K or V is itself what the cache holds, this is no latent attention.
     """
-    returned = _returned(gm)
+    returned = vocab.outputs_of(gm)
 
     def is_cached(node: Node) -> bool:
         shape = vocab.shape_of(node) or ()
@@ -258,7 +253,7 @@ def _is_buffer(root: Node) -> bool:
 
 def _cached(gm: GraphModule, operand: Node, axes: Reason) -> _Cached:
     """The tensor above ``operand`` that the graph returns, before any repetition over groups."""
-    returned = _returned(gm)
+    returned = vocab.outputs_of(gm)
     chain = chain_above(operand)
     for depth, node in enumerate(chain):
         outputs = tuple(i for i, value in enumerate(returned) if value is node)

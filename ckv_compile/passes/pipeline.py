@@ -8,10 +8,11 @@ from torch.fx import GraphModule
 
 from ..config import EvictionConfig
 from ..site import AttentionSite, Rejection
+from . import vocabulary as vocab
 from .fold import fold_groups
-from .insert import Inserted, insert_eviction, take_capacity, without_uncounted
+from .insert import Inserted, insert_eviction, phase_of, take_capacity, without_uncounted
 from .match import match_sites
-from .verify import outputs_of, verify
+from .verify import verify
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,10 +43,10 @@ def rewrite(
         gm,
         training=training,
         grad_enabled=grad_enabled,
-        cut="prefill" if capacity is None else capacity.phase,
+        cut=phase_of(capacity),
     )
     sites, rejections = without_uncounted(sites, rejections, capacity, counted)
-    before = outputs_of(gm)
+    before = vocab.outputs_of(gm)
     inserted = insert_eviction(gm, sites, config, capacity)
     folded = fold_groups(gm, sites) if config.rewrite_gqa else ()
     # Always last: a wrong graph must not run.

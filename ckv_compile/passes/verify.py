@@ -15,12 +15,6 @@ class VerificationError(RuntimeError):
     """A pass of ours broke its promise; the graph must not run."""
 
 
-def outputs_of(gm: GraphModule) -> tuple[object, ...]:
-    """What the graph returns, in order."""
-    (output,) = (node for node in gm.graph.nodes if node.op == "output")
-    return tuple(output.args[0])
-
-
 def verify(gm: GraphModule, before: Sequence[object], inserted: Sequence[Inserted]) -> None:
     """Check that only cache outputs changed, each to its own eviction node's K or V.
 
@@ -31,7 +25,7 @@ def verify(gm: GraphModule, before: Sequence[object], inserted: Sequence[Inserte
         VerificationError: naming the output or the site.
     """
     gm.graph.lint()
-    after = outputs_of(gm)
+    after = vocab.outputs_of(gm)
     expected: dict[int, tuple[Inserted, int]] = {}
     for eviction in inserted:
         expected |= dict.fromkeys(eviction.site.key_outputs, (eviction, 0))

@@ -8,13 +8,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import operator
-from collections.abc import Iterable
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.fx import Node
+from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 LayoutKind = Literal["keep", "permute", "regroup", "expand", "interleave"]
@@ -51,14 +51,30 @@ def shape_of(node: object) -> tuple[Any, ...] | None:
     return tuple(value.shape) if isinstance(value, torch.Tensor) else None
 
 
-def fake_mode_of(values: Iterable[Any]) -> Any:
-    """A context under which ops on the example values ``values`` run.
+def annotate(node: Node, call: Callable[..., Any], like: Node) -> None:
+    """Give a new node what Dynamo gives its own: the example value, and whence it comes.
 
-    Not detect_fake_mode: inside a backend that finds the mode of the example inputs, which is a
-    younger one than that of the graph's example values (both share their symbols).
+    Args:
+        call: computes the node's value from those of its arguments.
+        like: the node in whose place it stands.
     """
-    mode = next((value.fake_mode for value in values if isinstance(value, FakeTensor)), None)
-    return mode or contextlib.nullcontext()
+    for copied in ("stack_trace", "nn_module_stack", "source_fn_stack"):
+        if copied in like.meta:
+            node.meta[copied] = like.meta[copied]
+    values = torch.fx.node.map_arg(node.args, value_of)
+    named = torch.fx.node.map_arg(node.kwargs, value_of)
+    # Not detect_fake_mode: inside a backend that finds the mode of the example inputs, which is a
+    # younger one than that of the graph's example values (both share their symbols).
+    fakes = (value_of(above) for above in node.all_input_nodes)
+    mode = next((value.fake_mode for value in fakes if isinstance(value, FakeTensor)), None)
+    with mode or contextlib.nullcontext():
+        node.meta["example_value"] = call(*values, **named)
+
+
+def outputs_of(gm: GraphModule) -> tuple[Any, ...]:
+    """What the graph returns, in order."""
+    (output,) = (node for node in gm.graph.nodes if node.op == "output")
+    return tuple(output.args[0])
 
 
 def known(condition: Any) -> bool:
