@@ -123,7 +123,7 @@ def _inductor_patches(gm: GraphModule) -> dict[str, Any]:
         def uuid(self) -> str:
             return self.key
 
-    bodies = [f"{name}: {m!r}" for name, m in gm.named_children() if name.startswith("ckv_evict_")]
+    bodies = [f"{name}: {m!r}" for name, m in gm.named_children() if name.startswith("ckv_")]
     if not bodies:
         return {}
     mine = EvictionKey(hashlib.sha256("\n".join([source_digest(), *bodies]).encode()).hexdigest())

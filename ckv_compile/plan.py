@@ -33,10 +33,17 @@ class Plan:
     seen: int
     real: Tensor | None
 
-    def mark(self) -> None:
-        """Bring the budget into the graph that is being traced; elsewhere nothing happens."""
-        torch.ops.ckv_compile.capacity(
-            self.capacity, self.tokens, self.padding, self.row_budgets, self.gap, self.strict
+    def mark(self, key: Tensor | None = None) -> Tensor:
+        """Bring the budget into the graph that is being traced; elsewhere nothing happens.
+
+        Args:
+            key: of the cache layer that speaks, once it holds the call's tokens.
+
+        Returns:
+            Where the entries that stay stood, see the marker.
+        """
+        return torch.ops.ckv_compile.capacity(
+            self.capacity, self.tokens, self.padding, self.row_budgets, self.gap, self.strict, key
         )
 
 

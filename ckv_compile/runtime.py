@@ -214,6 +214,7 @@ class OptimizedForward:
                 cache = kwargs["past_key_values"] = room.cache_for(self.model)
         cache = room.self_attention_of(cache)
         room.adopt(cache)
+        room.make_layers(cache, self.model)
         return cache
 
     def _plan(

@@ -35,6 +35,7 @@ class Reason(enum.Enum):
     UNCOUNTED_TOKENS = "none: the model caches tokens of its own beside those that it is given"
     ATTENTION_UNREADABLE = 'load the model with attn_implementation="sdpa" where it has that'
     MASK_UNREADABLE = "use is_causal=True, or a mask that compares key and query positions"
+    BIAS_UNREADABLE = "compute the bias from positions and parameters alone"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +66,15 @@ class Projection:
 
 
 @dataclasses.dataclass(frozen=True)
+class Bias:
+    """Added to the logits: ``node`` broadcasts to ``[B, H, Q, K]``, or is ``[B*H, .., ..]``
+    (``merged``). It says something of positions: an entry keeps its own."""
+
+    node: Node
+    merged: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
 class AttentionSite:
     """One causal self-attention, its output projection and the cache tensors it leaves behind.
 
@@ -74,6 +84,7 @@ class AttentionSite:
     the cache holds. ``key_outputs`` and ``value_outputs`` are their positions in the graph's
     output; none where the cache is written in place. ``q_len`` and ``kv_len`` may be symbolic.
     ``latent``: these are one head for all, of which attention's ``key`` and ``value`` are made.
+    ``biases`` are added to the logits of this call, ``sinks`` ``[H]`` are logits beside them.
     ``padding`` is false at pads, its column ``padding_offset + j`` is that of key ``j``.
     """
 
@@ -104,6 +115,8 @@ class AttentionSite:
     padding: Node | None = None
     padding_offset: Any = 0
     latent: bool = False
+    biases: tuple[Bias, ...] = ()
+    sinks: Node | None = None
 
     @property
     def num_key_value_groups(self) -> int:

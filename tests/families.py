@@ -66,7 +66,7 @@ def prompt(n: int, batch: int = 1, seed: int = 0) -> torch.Tensor:
     return torch.randint(3, 90, (batch, n), generator=generator)
 
 
-def generated(model: PreTrainedModel, ids: torch.Tensor, steps: int = 8, **options: object):
+def generated(model: PreTrainedModel, ids: torch.Tensor, steps: int = 6, **options: object):
     """Greedy generation, unless the options say otherwise, with everything it can return."""
     options = {"max_new_tokens": steps, "do_sample": False, **options}
     return model.generate(ids, return_dict_in_generate=True, **options)

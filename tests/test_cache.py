@@ -89,7 +89,7 @@ def test_a_padded_row_generates_what_it_generates_alone(model, lengths, budget):
     """Others keep pads in place of tokens (31 of 64 entries of a left-padded batch)."""
     ckv_compile.optimize(model, budget, lowering="eager")
     ids, mask = padded(lengths, 90, "left")
-    out = generated(model, ids, attention_mask=mask)
+    out = generated(model, ids, 8, attention_mask=mask)
     for row, length in enumerate(lengths):
         tokens, _ = oracle(ids[row : row + 1, 90 - length :], budget)
         assert torch.equal(out.sequences[row, 90:], tokens[0]), (row, length)
@@ -101,7 +101,7 @@ def test_a_compiled_padded_batch_generates_the_same(lowering):
     model = ckv_compile.optimize(tiny(), 0.5, lowering=lowering)
     ids, mask = padded((50, 90), 90, "left")
     cache = EvictedCache()
-    out = generated(model, ids, attention_mask=mask, past_key_values=cache)
+    out = generated(model, ids, 8, attention_mask=mask, past_key_values=cache)
     for row, length in enumerate((50, 90)):
         tokens, _ = oracle(ids[row : row + 1, 90 - length :])
         assert torch.equal(out.sequences[row, 90:], tokens[0])

@@ -46,8 +46,13 @@ class EvictedCache(DynamicCache):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of storage that the keys and values of all layers hold, room to grow included."""
+        """Bytes of storage that the keys and values of all layers hold, room to grow included.
+
+        With them count the positions of entries, where attention has a bias that asks for them.
+        """
         tensors = [t for layer in self.layers for t in _tensors(layer)]
+        placed = (layer.positions for layer in evicted_layers(self))
+        tensors += [positions for positions in placed if positions is not None]
         return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
 
     def get_query_offset(self, layer_idx: int = 0) -> Any:
@@ -105,6 +110,19 @@ def adopt(cache: Any, max_new_tokens: int | None = None) -> None:
             cache.layers[i] = made()
     if cache.layer_class_to_replicate is DynamicLayer:
         cache.layer_class_to_replicate = made
+
+
+def make_layers(cache: Any, model: Any) -> None:
+    """Make the layers of an empty cache now: those made in mid-call hear of no plan.
+
+    Only full-attention layers are made as they are used, whatever the model's configuration says.
+    """
+    made = cache.layer_class_to_replicate if isinstance(cache, DynamicCache) else None
+    if made in (None, DynamicLayer) or cache.layers:
+        return
+    like = self_attention_of(cache_for(model))
+    if like is not None and all(isinstance(layer, EvictedLayer) for layer in like.layers):
+        cache.layers = [made() for _ in like.layers]
 
 
 def follows_rows(cache: Any) -> bool:

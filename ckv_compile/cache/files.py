@@ -27,7 +27,7 @@ def write(path: str | os.PathLike[str], layers: list[Any], fingerprint: str) -> 
     tensors = {}
     states = []
     for i, layer in enumerate(layers):
-        for name in ("keys", "values", "valid"):
+        for name in ("keys", "values", "valid", "positions"):
             tensor = getattr(layer, name)
             if tensor is not None:
                 tensors[f"{i}.{name}"] = tensor.contiguous()
@@ -88,6 +88,7 @@ def _layer(where: str, index: int, state: list[int], tensors: dict[str, Tensor])
     layer.keys, layer.values, layer.valid = keys, values, tensors.get(f"{index}.valid")
     layer.gap = sized(evicted, keys.device)
     layer.thinned, layer.prompt_len, layer.complete = thinned, prompt_len, True
+    layer.positions = tensors.get(f"{index}.positions")
     if layer.valid is not None and layer.valid.shape[0] != keys.shape[0]:
         raise ValueError(f"{where}: layer {index} has rows that do not match")
     return layer

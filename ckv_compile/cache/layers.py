@@ -37,6 +37,8 @@ class EvictedLayer(DynamicLayer):
         self.gap: Tensor | None = None
         # [B, kept] bool, False where a shorter row of a padded batch keeps fewer entries.
         self.valid: Tensor | None = None
+        # [B, Hkv, kept] int64, where the kept entries of the prompt stood; None where no bias asks.
+        self.positions: Tensor | None = None
         # Entries before the observation window: here tokens are missing in between.
         self.thinned = 0
         self.prompt_len = 0
@@ -111,15 +113,25 @@ class EvictedLayer(DynamicLayer):
                 "this cache holds the cut rows of a padded batch, which only the optimised model "
                 "can tell apart; call it after ckv_compile.optimize(model)"
             )
-        if self.plan is not None and self.plan.tokens.shape[1] == key_states.shape[-2]:
-            # Here, beside the attention, and not only at the model's entrance: a graph that begins
-            # behind a graph break of the model's own must know the budget too.
-            self.plan.mark()
+        # Here, beside the attention, and not only at the model's entrance: a graph that begins
+        # behind a graph break of the model's own must know the budget too.
+        plan = self.plan
+        if plan is not None and plan.tokens.shape[1] != key_states.shape[-2]:
+            plan = None
         if self._keys is None:
             # Copied: they may be views of a projection of Q, K and V in one.
             self._keys = key_states.clone(memory_format=torch.contiguous_format)
             self._values = value_states.clone(memory_format=torch.contiguous_format)
+            if plan is not None:
+                self.positions = plan.mark(self._keys)
             return self._keys, self._values
+        if plan is not None:
+            plan.mark()
+        keys, values = self._append(key_states, value_states)
+        self._mark_positions(keys)
+        return keys, values
+
+    def _append(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
         if self.count is not None and self.call != "cut":
             start = number_of(self.count)
             end = start + key_states.shape[-2]
@@ -133,6 +145,17 @@ class EvictedLayer(DynamicLayer):
         self._keys = torch.cat([keys, key_states], dim=-2)
         self._values = torch.cat([values, value_states], dim=-2)
         return self._keys, self._values
+
+    def _mark_positions(self, keys: Tensor) -> None:
+        """Tell the pass where the entries stand, if a bias asks for it."""
+        if self.positions is None:
+            return
+        batch, heads, kept = self.positions.shape
+        tail = torch.arange(kept, keys.shape[-2], device=keys.device) + self.evicted
+        tail = tail.expand(batch, heads, -1)
+        torch.ops.ckv_compile.positions(
+            keys, torch.cat([self.positions, tail], dim=-1), keys.shape[-2] + self.evicted
+        )
 
     def reserve(self, q_len: int) -> None:
         """Make room for ``q_len`` more tokens: inside a graph that would copy at every step."""
@@ -153,6 +176,8 @@ class EvictedLayer(DynamicLayer):
         """Note how many tokens are gone after a prompt, and which slots its rows fill."""
         self.gap = sized(evicted, self._keys.device)
         self.valid = None if valid is None or bool(valid.all()) else valid
+        if self.positions is not None and not self.positions.numel():
+            self.positions = None
         self.prompt_len, self.thinned = self.held + evicted, max(self.held - window_size, 0)
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -179,6 +204,8 @@ class EvictedLayer(DynamicLayer):
         self._shorten(left)
         if self.valid is not None:
             self.valid = self.valid[:, :left]
+        if self.positions is not None:
+            self.positions = self.positions[:, :, :left]
         self.prompt_len = min(self.prompt_len, self.get_seq_length())
 
     def _shorten(self, left: int) -> None:
@@ -193,7 +220,7 @@ class EvictedLayer(DynamicLayer):
     def reset(self) -> None:
         self.keys = self.values = None
         self.is_initialized = self.complete = self.record_past = False
-        self.gap = self.valid = None
+        self.gap = self.valid = self.positions = None
         self.thinned = self.prompt_len = 0
 
     def offload(self) -> None:
@@ -216,6 +243,8 @@ class EvictedLayer(DynamicLayer):
         self._replace(change)
         if self.valid is not None:
             self.valid = change(self.valid)
+        if self.positions is not None:
+            self.positions = change(self.positions)
 
     def _replace(self, change: Callable[[Tensor], Tensor]) -> None:
         if self._keys is not None:
@@ -232,6 +261,9 @@ class EvictedLayer(DynamicLayer):
             # Another model in the same process, with other heads, would make ours symbolic.
             _mark_static(tensor, (1, 3))
             self._declare_length(tensor, 2)
+        if self.positions is not None:
+            _mark_static(self.positions, (1,))
+            self._declare_length(self.positions, 2)
         for size in (self.gap, self.count):
             if size is not None:
                 self._declare_length(size, 0)
@@ -294,6 +326,7 @@ class FixedLayer(EvictedLayer):
         self.filled.add_(q_len)
         self._keys.index_copy_(2, slots, key_states)
         self._values.index_copy_(2, slots, value_states)
+        self._mark_positions(self._keys)
         return self._keys, self._values
 
     def reserve(self, q_len: int) -> None:

@@ -241,11 +241,14 @@ def _hiding(full: Any, kept: dict[int, Tensor]) -> Iterator[None]:
         return sdpa(query, key, value, attn_mask=bias, scale=kwargs.get("scale"))
 
     def hiding_softmax(logits: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        shape = logits.shape
-        if logits.dim() == 4 and shape[2] == 1 and N < shape[3] <= N + STEPS:
-            i = next_layer(shape[3])
+        # [B, H, Q, K] or [B*H, Q, K]
+        if logits.dim() in (3, 4) and logits.shape[-2] < N < logits.shape[-1] <= N + STEPS:
+            i, length = next_layer(logits.shape[-1]), logits.shape[-1]
             if i in hidden:
-                logits = logits.masked_fill(hides(i, shape[1], shape[3]), -torch.inf)
+                heads = logits.shape[-3] // (len(hidden[i]) if logits.dim() == 3 else 1)
+                hiding = hides(i, heads, length)
+                hiding = hiding.flatten(0, 1) if logits.dim() == 3 else hiding
+                logits = logits.masked_fill(hiding, -torch.inf)
         return softmax(logits, *args, **kwargs)
 
     with (
@@ -273,7 +276,7 @@ def _selected(
     plain: nn.Module, ids: Tensor, full: Any, kept: dict[int, Tensor], rows: list[SiteRow]
 ) -> bool | None:
     """Whether the reference selects the same; None where the model does not call SDPA."""
-    calls: dict[int, tuple[Tensor, Tensor, Tensor, Any]] = {}
+    calls: dict[int, tuple[Tensor, Tensor, Tensor, Any, Tensor | None]] = {}
     order: list[Tensor] = []
     latent = all("latent" in row.cache for row in rows)
     sdpa = F.scaled_dot_product_attention
@@ -284,7 +287,9 @@ def _selected(
             order.append(key)
             i = len(order) - 1 if i is None and latent else i
             if i is not None:
-                calls[i] = (query, key, value, kwargs.get("scale"))
+                mask = args[0] if args else kwargs.get("attn_mask")
+                bias = mask if mask is not None and mask.is_floating_point() else None
+                calls[i] = (query, key, value, kwargs.get("scale"), bias)
         return sdpa(query, key, value, *args, **kwargs)
 
     with mock.patch.object(F, "scaled_dot_product_attention", recording):
@@ -294,14 +299,14 @@ def _selected(
     same = True
     for row, i in zip(rows, sorted(kept), strict=True):
         path = row.weight.split(" ")[0]
-        query, key, value, scale = calls[i]
+        query, key, value, scale, bias = calls[i]
         groups = 1 if latent else key.shape[1] // kept[i].shape[1]
         key, value = key[:, ::groups], value[:, ::groups]
         try:
             weight = plain.get_parameter(path)
         except AttributeError:
             return None
-        scores = reference.window_attention(query, key, scale, CONFIG.window_size, 7)
+        scores = reference.window_attention(query, key, scale, CONFIG.window_size, 7, bias=bias)
         if latent:
             scores = scores.mean(1, keepdim=True)
         # A model may use the transpose of what its parameter holds; a square one does not show it.

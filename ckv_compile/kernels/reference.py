@@ -22,6 +22,8 @@ def window_attention(
     kernel_size: int,
     softcap: float | None = None,
     real: Tensor | None = None,
+    bias: Tensor | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """SnapKV scores ``[B, Hkv, K]`` of the keys before the window; 0 in the window and in pads.
 
@@ -29,8 +31,12 @@ def window_attention(
     window (and over nothing else), then averaged over the heads of a group (arXiv 2404.14469).
     The queries are those of the last ``Q`` keys; where a window is longer, its last ones score.
     ``real`` ``[B, K]`` is False at pads: each row is scored as if it were alone, without them.
+    ``bias`` ``[B, H, Q, K]``, or what broadcasts to it, is added to the logits; ``sinks`` ``[H]``
+    are logits of one more key for each head, whose attention is dropped.
     """
-    batch, heads, _, head_dim = query.shape
+    batch, heads, q_len, head_dim = query.shape
+    if bias is not None:
+        bias = bias.expand(batch, heads, q_len, key.shape[2])
     kv_heads, kv_len = key.shape[1], key.shape[2]
     groups = heads // kv_heads
     scale = 1 / math.sqrt(head_dim) if scale is None else scale
@@ -45,8 +51,12 @@ def window_attention(
             logits = queries @ key[b, h // groups, row].float().T * scale
             if softcap is not None:
                 logits = (logits / softcap).tanh() * softcap
+            if bias is not None:
+                logits = logits + bias[b, h, row[asking] - first][:, row].float()
             for t, rank in enumerate(asking):
                 logits[t, rank + 1 :] = -math.inf
+            if sinks is not None:
+                logits = torch.cat([logits, sinks[h].float().expand(len(asking), 1)], dim=-1)
             attention = logits.softmax(-1).mean(0)[:prefix]
             for i in range(prefix):
                 low, high = max(i - kernel_size // 2, 0), i + kernel_size // 2 + 1

@@ -18,6 +18,8 @@ def window_attention(
     kernel_size: int,
     softcap: Any = None,
     real: Tensor | None = None,
+    bias: Tensor | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Twin of :func:`ckv_compile.kernels.reference.window_attention`, traceable.
 
@@ -28,6 +30,8 @@ def window_attention(
         scale: SDPA's scale, None for ``1/sqrt(D)``.
         softcap: logits are ``softcap * tanh(logits / softcap)`` (Gemma 2), None for none.
         real: ``[B, K]`` bool, False at pads; None for no pads.
+        bias: ``[B or 1, H or 1, Q or 1, K or 1]``, added to the logits after the cap (ALiBi, T5).
+        sinks: ``[H]``, logits of one more key for each head, which has no value (GPT-OSS).
 
     Returns:
         ``[B, Hkv, K]`` float32; 0 where the window or a pad is. A row of at most ``window_size``
@@ -50,10 +54,12 @@ def window_attention(
     logits = logits.reshape(batch, heads, window_size, kv_len)
     if softcap is not None:
         logits = (logits / softcap).tanh() * softcap
+    if bias is not None:
+        logits = logits + _rows_of(bias, index[..., :1])
     hidden = positions > window[:, None, :, None]  # [1 or B, 1, W, K]
     if real is not None:
         hidden = hidden | ~real[:, None, None]
-    attention = _softmax(logits.masked_fill(hidden, -math.inf))
+    attention = _softmax(logits.masked_fill(hidden, -math.inf), sinks)
     if first == 0:
         attention = attention.mean(2)  # [B, H, K]
     else:
@@ -84,8 +90,32 @@ def _window(positions: Tensor, window_size: int, real: Tensor | None) -> tuple[T
     return window, (real & (ranks < count - window_size))[:, None]
 
 
-def _softmax(logits: Tensor) -> Tensor:
-    """Softmax over the keys. The sum is a product with ones: a generated C++ sum changes its form
-    above 4,096 terms, which would guard on K and cost a second graph for long prompts."""
-    weights = (logits - logits.amax(-1, keepdim=True)).exp()
-    return weights / (weights @ weights.new_ones(weights.shape[-1], 1))
+def with_heads(bias: Tensor, heads: int) -> Tensor:
+    """``[B or 1, H or 1, Q or 1, K or 1]``; three dimensions are ``[B*H or H or 1, Q, K]``."""
+    if bias.dim() == 3 and bias.shape[0] != 1:
+        return bias.reshape(-1, heads, *bias.shape[1:])
+    return bias.reshape(*(1,) * (4 - bias.dim()), *bias.shape)
+
+
+def _rows_of(bias: Tensor, index: Tensor) -> Tensor:
+    """The window's rows of a bias, ``index`` ``[B, H, W, 1]``."""
+    if bias.shape[2] == 1:
+        return bias.float()
+    batch, heads = index.shape[:2]
+    index = index.expand(-1, -1, -1, bias.shape[3])
+    return bias.expand(batch, heads, -1, -1).gather(2, index).float()
+
+
+def _softmax(logits: Tensor, sinks: Tensor | None) -> Tensor:
+    """Softmax over the keys and the sinks, the keys' part.
+
+    The sum is a product with ones: a generated C++ sum changes its form above 4,096 terms, which
+    would guard on K and cost a second graph for long prompts.
+    """
+    largest = logits.amax(-1, keepdim=True)
+    if sinks is not None:
+        sinks = sinks.float()[:, None, None]
+        largest = largest.maximum(sinks)
+    weights = (logits - largest).exp()
+    total = weights @ weights.new_ones(weights.shape[-1], 1)
+    return weights / (total if sinks is None else total + (sinks - largest).exp())

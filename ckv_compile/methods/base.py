@@ -36,6 +36,8 @@ class ScoreInputs:
     softcap: Any
     config: EvictionConfig
     real: Tensor | None = None  # [B, K] bool, False at pads
+    bias: Tensor | None = None  # [B or 1, H or 1, Q or 1, K or 1], added to the logits
+    sinks: Tensor | None = None  # [H], logits beside those of the keys
 
     def window_attention(self) -> Tensor:
         """Pooled mean attention of the observation window, ``[B, Hkv, K]``."""
@@ -48,6 +50,8 @@ class ScoreInputs:
             config.kernel_size,
             self.softcap,
             self.real,
+            self.bias,
+            self.sinks,
         )
 
     def projected_norm(self) -> Tensor:

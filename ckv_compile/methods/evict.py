@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..config import CacheBytes, EvictionConfig
 from ..kernels.compact import compact
 from ..kernels.select import select
+from ..kernels.window_attention import with_heads
 from ..sizes import number_of
 from . import METHODS
 from .base import ScoreInputs
@@ -46,8 +47,13 @@ class EvictKV(nn.Module):
         row_budgets: Tensor | None = None,
         gap: Tensor | None = None,
         cached: tuple[Tensor, Tensor] | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """``[B, Hkv, K, D]`` to ``[B, Hkv, budget, D]``; the size of ``capacity`` is the budget.
+        biases: tuple[Tensor, ...] = (),
+        sinks: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """``[B, Hkv, K, D]`` to ``[B, Hkv, budget, D]``, and where those stood.
+
+        The size of ``capacity`` is the budget. ``biases``, broadcast to ``[B, H, Q, K]``, are added
+        to the logits, ``sinks`` ``[H]`` are logits beside them.
 
         ``padding`` ``[B, K]`` is false at pads; row ``b`` then keeps ``row_budgets[b]`` entries, in
         its last slots. With ``gap`` its first columns, as many as ``gap`` counts, are of tokens
@@ -66,7 +72,17 @@ class EvictKV(nn.Module):
         if real is not None and gap is not None:
             real = real.narrow(1, number_of(gap), kv_len)
         inputs = ScoreInputs(
-            query, key, value, o_proj_weight, self.in_out, scale, softcap, self.config, real
+            query,
+            key,
+            value,
+            o_proj_weight,
+            self.in_out,
+            scale,
+            softcap,
+            self.config,
+            real,
+            sum(with_heads(bias, query.shape[1]) for bias in biases) if biases else None,
+            sinks,
         )
         scores = METHODS[self.config.method](inputs)
         base, norm = scores.base, scores.norm
@@ -84,7 +100,7 @@ class EvictKV(nn.Module):
             real,
             row_budgets,
         )
-        return compact(key, value, keep)
+        return *compact(key, value, keep), keep
 
     def extra_repr(self) -> str:
         """All that the body depends on; the compile cache is keyed by it."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import operator
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
@@ -25,13 +26,18 @@ def capacity_marker(
     row_budgets: torch.Tensor | None = None,
     gap: torch.Tensor | None = None,
     strict: bool = False,
+    key: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Make ``capacity`` (empty, its size the budget for ``tokens``) an input of the traced graph.
 
     ``row_budgets`` ``[B]`` are the budgets of the rows that the mask ``padding`` pads; both None
     without padding. ``gap`` is None for a fresh prefill; else ``tokens`` come behind what an
     eviction left, it counts the tokens that are missing there, and so does ``padding``.
-    ``strict``: a cache that counts other tokens than these must stay whole.
+    ``strict``: a cache that counts other tokens than these must stay whole. ``key``: what the call
+    leaves in the cache beside which the marker stands.
+
+    Returns where the entries stood that stay of ``key``, ``[B, Hkv, budget]``, if attention adds a
+    bias that asks for it, or else an empty tensor.
 
     A budget that is an input costs no second compile when it changes. The pass takes the marker
     out again, so it never runs in a graph that we compile; elsewhere it does nothing.
@@ -47,6 +53,7 @@ def _(
     row_budgets: torch.Tensor | None = None,
     gap: torch.Tensor | None = None,
     strict: bool = False,
+    key: torch.Tensor | None = None,
 ) -> torch.Tensor:
     return capacity.new_empty(0)
 
@@ -61,6 +68,8 @@ class Capacity:
     row_budgets: Node | None = None
     gap: Node | None = None
     strict: bool = False
+    # Of the markers beside an attention: its key, and the output that takes the positions.
+    positions: dict[Node, int] = dataclasses.field(default_factory=dict)
 
     def fits(self, site: AttentionSite) -> bool:
         """Whether the site caches exactly the tokens that the budget counts."""
@@ -79,6 +88,9 @@ class Capacity:
         return aligned and chain_above(site.padding)[-1] is self.padding and self.fits(site)
 
 
+_MARKED = ("node", "tokens", "padding", "row_budgets", "gap", "strict")
+
+
 def phase_of(capacity: Capacity | None) -> Phase:
     """Which calls are cut; without a capacity the first piece of a prompt."""
     return "prefill" if capacity is None or capacity.gap is None else "continuation"
@@ -91,18 +103,31 @@ class Inserted:
     site: AttentionSite
     node: Node
     module: EvictKV
+    # Which output of the graph is which of the node's.
+    outputs: dict[int, int]
 
 
 def take_capacity(gm: GraphModule) -> Capacity | None:
     """Remove the capacity marker from the graph and say what it marked."""
-    found = None
+    found: Capacity | None = None
     for node in list(gm.graph.nodes):
         if node.op == "call_function" and node.target in (
             torch.ops.ckv_compile.capacity,
             torch.ops.ckv_compile.capacity.default,
         ):
-            found = Capacity(*node.args)
+            positions = {} if found is None else found.positions
+            marked: dict[str, Any] = dict(zip(_MARKED, node.args, strict=False))
+            found = Capacity(**marked, positions=positions)
+            for i, value in enumerate(vocab.outputs_of(gm)):
+                if value is node:
+                    positions[vocab.argument(node, 6, "key")] = i
+            with gm.graph.inserting_before(node):
+                nowhere = gm.graph.call_method("new_empty", (node.args[0], 0))
+            vocab.annotate(nowhere, vocab.callable_of(nowhere), like=node)
+            node.replace_all_uses_with(nowhere)
             gm.graph.erase_node(node)
+            if not nowhere.users:
+                gm.graph.erase_node(nowhere)
     return found
 
 
@@ -121,6 +146,7 @@ def without_uncounted(
     left: list[AttentionSite] = []
     for site in sites:
         reason, detail = None, ""
+        placed = capacity is not None and site.cache_key in capacity.positions
         cut = site.phase == phase_of(capacity)
         if cut and rows.strict and not rows.fits(site):
             reason = Reason.UNCOUNTED_TOKENS
@@ -131,6 +157,9 @@ def without_uncounted(
             detail = (
                 f"mask {site.attn_mask} hides {site.padding}, rows are counted on {rows.padding}"
             )
+        elif cut and site.biases and not placed:
+            reason = Reason.BIAS_UNREADABLE
+            detail = "its bias depends on positions, and nothing keeps those of the entries"
         if reason is None:
             left.append(site)
         else:
@@ -191,15 +220,28 @@ def _insert(
     graph = gm.graph
     with graph.inserting_after(site.projection.node):
         kwargs = {"cached": cached} if site.latent else {}
+        if site.biases:
+            kwargs["biases"] = tuple(bias.node for bias in site.biases)
+        if site.sinks is not None:
+            kwargs["sinks"] = site.sinks
         node = graph.call_module(name, args, kwargs)
-    with graph.inserting_after(node):
-        value = graph.call_function(operator.getitem, (node, 1))
-        key = graph.call_function(operator.getitem, (node, 0))
     vocab.annotate(node, module, like=site.sdpa)
-    for new in (key, value):
-        vocab.annotate(new, operator.getitem, like=site.sdpa)
-    _repoint(gm, dict.fromkeys(site.key_outputs, key) | dict.fromkeys(site.value_outputs, value))
-    return Inserted(site, node, module)
+    outputs = outputs_for(site, capacity)
+    parts: dict[int, Node] = {}
+    for part in sorted(set(outputs.values()), reverse=True):
+        with graph.inserting_after(node):
+            parts[part] = graph.call_function(operator.getitem, (node, part))
+        vocab.annotate(parts[part], operator.getitem, like=site.sdpa)
+    _repoint(gm, {i: parts[part] for i, part in outputs.items()})
+    return Inserted(site, node, module, outputs)
+
+
+def outputs_for(site: AttentionSite, capacity: Capacity | None) -> dict[int, int]:
+    """Which output of the graph becomes which one of the eviction: K, V or the positions."""
+    outputs = dict.fromkeys(site.key_outputs, 0) | dict.fromkeys(site.value_outputs, 1)
+    if site.biases and capacity is not None:
+        outputs[capacity.positions[site.cache_key]] = 2
+    return outputs
 
 
 def _repoint(gm: GraphModule, new: dict[int, Node]) -> None:

@@ -8,12 +8,15 @@ look-up of a 2-D tensor by batch and key index is padding. Whatever else it meet
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch.fx import Node
 
+from ..site import Bias
 from . import vocabulary as vocab
+from .attention import Term, TermKind
 from .axes import Layout, chain_above, labelled, names_of, text_of, through
 
 
@@ -27,11 +30,12 @@ class Index:
 
 @dataclasses.dataclass(frozen=True)
 class Mask:
-    """True where attention may look. ``layout`` says along which dimensions it varies (B, Q, K).
+    """Where attention may look. ``layout`` says along which dimensions it varies (B, Q, K).
 
     Causal: query ``i`` sees the keys up to ``i + shift``. ``padding`` is the 2-D tensor whose false
     entries hide keys, if there is one: row ``b``, column ``padding_offset + j`` for key ``j``.
-    ``additive``: zero where True and very negative elsewhere, to be added to the logits.
+    ``form``: True where it may look ("seen"), True where it may not ("hidden"), or zero and very
+    negative ("added").
     """
 
     layout: Layout
@@ -39,24 +43,87 @@ class Mask:
     shift: Any = 0
     padding: Node | None = None
     padding_offset: Any = 0
-    additive: bool = False
+    form: TermKind = "seen"
 
 
-def read_mask(node: Node, q_len: Any, kv_len: Any, *, additive: bool) -> Mask | str:
-    """The causal mask that ``node`` builds for ``[.., q_len, kv_len]``, or why it is not one."""
-    mask = _read(node, {})
-    if not isinstance(mask, Mask):
-        return f"mask {node.name} is built by ops that are not read"
-    if mask.additive != additive:
-        return f"mask {node.name} is {'added' if additive else 'a condition'}, not so built"
-    names, shape = names_of(mask.layout), vocab.shape_of(node) or ()
+def read_terms(
+    terms: Iterable[Term], q_len: Any, kv_len: Any
+) -> tuple[Mask, tuple[Bias, ...]] | str:
+    """The causal mask of ``[.., q_len, kv_len]`` and the biases beside it, or why it is not one."""
+    mask: Mask | None = None
+    biases: list[Bias] = []
+    for term in terms:
+        for node, kind in parts_of(term.node, term.kind):
+            read = read_mask(node)
+            if read is None and kind == "added" and not vocab.is_zeros(node):
+                if term.scaled:
+                    return f"bias {node.name} is scaled after it is added"
+                biases.append(Bias(node, term.merged))
+                continue
+            if read is None and not vocab.is_zeros(node):
+                return f"mask {node.name} is built by ops that are not read"
+            if read is None:
+                continue
+            if read.form != kind:
+                return f"mask {node.name} is {kind}, and not built so"
+            read = dataclasses.replace(read, form="seen")
+            wrong = _fits(read, node, q_len, kv_len)
+            if wrong:
+                return f"mask {node.name} {wrong}"
+            both = read if mask is None else _both(mask, read)
+            if both is None:
+                return f"mask {node.name} and another one hide different pads"
+            mask = both
+    names = ", ".join(term.node.name for term in terms)
+    if mask is None:
+        return f"mask {names} is built by ops that are not read"
     if not mask.is_causal or not vocab.known(mask.shift == kv_len - q_len):
-        return f"mask {node.name} is not causal"
-    if len(shape) < 2 or names[-2:] != ("Q", "K") or any(n not in ("", "B") for n in names[:-2]):
-        return f"mask {node.name} has axes {text_of(mask.layout)}, not [.., Q, K]"
-    if not (vocab.known(shape[-2] == q_len) and vocab.known(shape[-1] == kv_len)):
-        return f"mask {node.name} is {tuple(shape)} for {q_len} queries and {kv_len} keys"
-    return mask
+        return f"mask {names} is not causal"
+    if names_of(mask.layout)[-2:] != ("Q", "K"):
+        return f"mask {names} has axes {text_of(mask.layout)}, not [.., Q, K]"
+    return mask, tuple(biases)
+
+
+def parts_of(node: Node, kind: TermKind) -> Iterator[tuple[Node, TermKind]]:
+    """What is added up, or filled in, to make one term: masks and biases."""
+    while kind == "added" and _is_float(node):
+        op = vocab.layout_op_of(node)
+        if op is None or op.kind != "keep":
+            break
+        node = node.args[0]
+    filled = vocab.hiding_fill(node)
+    if kind == "added" and filled is not None and vocab.masking_where(node) is None:
+        inner, condition, hides = filled
+        yield condition, hides
+        yield from parts_of(inner, "added")
+    elif kind == "added" and vocab.is_add(node) and all(isinstance(a, Node) for a in node.args):
+        for operand in node.args:
+            yield from parts_of(operand, "added")
+    else:
+        yield node, kind
+
+
+def _is_float(node: Node) -> bool:
+    value = vocab.value_of(node)
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
+
+
+def _fits(mask: Mask, node: Node, q_len: Any, kv_len: Any) -> str:
+    """What is wrong with the axes of a mask; "" if nothing is."""
+    names, shape = names_of(mask.layout), vocab.shape_of(node) or ()
+    axes = len(shape) >= 2 and names[-2] in ("", "Q") and names[-1] in ("", "K")
+    if not axes or any(name not in ("", "B") for name in names[:-2]):
+        return f"has axes {text_of(mask.layout)}, not [.., Q, K]"
+    for name, size, length in (("Q", shape[-2], q_len), ("K", shape[-1], kv_len)):
+        if name in names and not vocab.known(size == length):
+            return f"is {tuple(shape)} for {q_len} queries and {kv_len} keys"
+    return ""
+
+
+def read_mask(node: Node) -> Mask | None:
+    """The mask that ``node`` builds; None if it is not read as one."""
+    mask = _read(node, {})
+    return mask if isinstance(mask, Mask) else None
 
 
 def _read(node: object, seen: dict[Node, Index | Mask | None]) -> Index | Mask | None:
@@ -81,9 +148,11 @@ def _read_op(node: Node, seen: dict[Node, Index | Mask | None]) -> Index | Mask 
     condition = vocab.masking_where(node)
     if condition is not None:
         mask = _read(condition, seen)
-        if not isinstance(mask, Mask) or mask.additive:
+        if not isinstance(mask, Mask) or mask.form != "seen":
             return None
-        return dataclasses.replace(mask, additive=True)
+        return dataclasses.replace(mask, form="added")
+    if vocab.is_not(node):
+        return _opposite(_read(node.args[0], seen))
     if vocab.is_and(node):
         return _both(_read(node.args[0], seen), _read(node.args[1], seen))
     if vocab.is_less_equal(node):
@@ -97,6 +166,11 @@ def _read_op(node: Node, seen: dict[Node, Index | Mask | None]) -> Index | Mask 
     inner = _read(node.args[0], seen) if node.args else None
     if inner is None:
         return None
+    if isinstance(inner, Mask) and inner.form == "added" and not _is_float(node):
+        # As a condition, what is not 0 is hidden.
+        inner = dataclasses.replace(inner, form="hidden") if vocab.is_cast(node) else None
+        if inner is None:
+            return None
     op = vocab.layout_op_of(node)
     if op is None:
         return inner if vocab.is_cast(node) and isinstance(inner, Mask) else None
@@ -104,6 +178,13 @@ def _read_op(node: Node, seen: dict[Node, Index | Mask | None]) -> Index | Mask 
     expands = op.kind == "expand"
     layout = _spread(inner.layout, len(shape)) if expands else through(op, inner.layout, shape)
     return None if layout is None else dataclasses.replace(inner, layout=layout)
+
+
+def _opposite(mask: Index | Mask | None) -> Mask | None:
+    forms: dict[TermKind, TermKind] = {"seen": "hidden", "hidden": "seen"}
+    if not isinstance(mask, Mask) or mask.form not in forms:
+        return None
+    return dataclasses.replace(mask, form=forms[mask.form])
 
 
 def _arange(node: Node, shape: tuple[Any, ...]) -> Index | None:
@@ -114,8 +195,9 @@ def _arange(node: Node, shape: tuple[Any, ...]) -> Index | None:
 
 def _tril(node: Node, shape: tuple[Any, ...], seen: dict[Node, Index | Mask | None]) -> Mask | None:
     inner = _read(node.args[0], seen)
-    plain = isinstance(inner, Mask) and names_of(inner.layout) == ("",) * len(shape)
-    if not plain or vocab.argument(node, 1, "diagonal", 0) != 0 or len(shape) < 2:
+    if not isinstance(inner, Mask) or inner.form != "seen" or any(inner.layout):
+        return None
+    if vocab.argument(node, 1, "diagonal", 0) != 0 or len(shape) < 2:
         return None
     return Mask(((),) * (len(shape) - 2) + labelled("QK", shape[-2:]), is_causal=True)
 
@@ -163,7 +245,7 @@ def _both(first: Index | Mask | None, second: Index | Mask | None) -> Mask | Non
         return None
     layout = _merged(first.layout, second.layout)
     twice = first.padding is not None and second.padding is not None
-    if layout is None or twice or first.additive or second.additive:
+    if layout is None or twice or {first.form, second.form} != {"seen"}:
         return None
     if first.is_causal and second.is_causal and not vocab.known(first.shift == second.shift):
         return None

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from ..site import AttentionSite, Phase, Projection, Reason, Rejection
+from ..site import AttentionSite, Bias, Phase, Projection, Reason, Rejection
 from . import vocabulary as vocab
 from .attention import Attention, find_attentions
 from .axes import Layout, chain_above, follow, labelled, names_of, text_of, through
+from .bias import wrong_with
 from .latent import sources_of
-from .masks import Mask, read_mask
+from .masks import Mask, read_terms
 
 
 class _Refused(Exception):
@@ -93,7 +94,7 @@ def _site_of(
     if phase == cut and not (cache_key.outputs and cache_value.outputs):
         detail = f"{cache_key.node.name} is a part of a buffer that is written in place"
         raise _Refused(node, Reason.CACHE_NOT_FOUND, detail)
-    mask_kind, mask = _mask_of(attention, q_len, kv_len, phase, cut)
+    mask_kind, mask, biases = _mask_of(attention, q_len, kv_len, phase, cut)
     for cached in (cache_key, cache_value):
         same = vocab.known(cached.shape[0] == batch) and vocab.known(cached.shape[2] == kv_len)
         # K and V of a later call carry the lengths of two cache tensors: two symbols.
@@ -107,7 +108,7 @@ def _site_of(
         query=attention.query,
         key=attention.key,
         value=attention.value,
-        attn_mask=attention.attn_mask,
+        attn_mask=attention.terms[0].node if attention.terms else None,
         is_causal=bool(attention.is_causal),
         scale=attention.scale,
         softcap=attention.softcap,
@@ -128,6 +129,8 @@ def _site_of(
         padding=mask.padding,
         padding_offset=mask.padding_offset,
         latent=latents is not None,
+        biases=biases,
+        sinks=attention.sinks,
     )
 
 
@@ -296,23 +299,36 @@ def _is_written(node: Node) -> bool:
 
 def _mask_of(
     attention: Attention, q_len: Any, kv_len: Any, phase: Phase, cut: Phase
-) -> tuple[str, Mask]:
-    """The mask in a word, and what it says. It is only read where the cache is cut."""
-    node, attn_mask = attention.output, attention.attn_mask
+) -> tuple[str, Mask, tuple[Bias, ...]]:
+    """The mask in a word, what it says, and what else is added to the logits.
+
+    It is only read where the cache is cut.
+    """
+    node, terms = attention.output, attention.terms
     if phase != cut:
-        return ("none" if attn_mask is None else "tensor"), Mask(())
-    if attn_mask is None:
+        return ("tensor" if terms else "none"), Mask(()), ()
+    if not terms:
         # SDPA aligns is_causal with the first key: only for equal lengths that is what we mean.
         if attention.is_causal is not True or phase != "prefill":
             raise _Refused(node, Reason.NOT_CAUSAL, "every query sees every key")
-        return "is_causal", Mask((), is_causal=True)
-    if attention.is_causal is True or not isinstance(attn_mask, Node):
-        detail = f"mask {attn_mask} with is_causal={attention.is_causal}"
+        return "is_causal", Mask((), is_causal=True), ()
+    if attention.is_causal is True or not all(isinstance(term.node, Node) for term in terms):
+        detail = f"mask {terms[0].node} with is_causal={attention.is_causal}"
         raise _Refused(node, Reason.MASK_UNREADABLE, detail)
-    mask = read_mask(attn_mask, q_len, kv_len, additive=attention.additive)
-    if isinstance(mask, str):
-        raise _Refused(attn_mask, Reason.MASK_UNREADABLE, mask)
-    return ("causal tensor" if mask.padding is None else "causal, padded"), mask
+    read = read_terms(terms, q_len, kv_len)
+    if isinstance(read, str):
+        raise _Refused(terms[0].node, Reason.MASK_UNREADABLE, read)
+    mask, biases = read
+    shape = vocab.shape_of(attention.query) or ()
+    for bias in biases:
+        wrong = wrong_with(bias, shape[0], shape[1], q_len, kv_len)
+        if wrong:
+            raise _Refused(bias.node, Reason.BIAS_UNREADABLE, wrong)
+    if biases and phase != "prefill":
+        detail = "its bias is known for a whole prompt alone"
+        raise _Refused(node, Reason.BIAS_UNREADABLE, detail)
+    kind = "causal tensor" if mask.padding is None else "causal, padded"
+    return (f"{kind}, biased" if biases else kind), mask, biases
 
 
 def _without_shared_caches(

@@ -9,6 +9,7 @@ from torch.fx import GraphModule
 from ..config import EvictionConfig
 from ..site import AttentionSite, Rejection
 from . import vocabulary as vocab
+from .bias import place_biases
 from .fold import fold_groups
 from .insert import Inserted, insert_eviction, phase_of, take_capacity, without_uncounted
 from .match import match_sites
@@ -39,6 +40,7 @@ def rewrite(
     """
     # The budget may come as an input of the graph; its marker must go before anything else reads.
     capacity = take_capacity(gm)
+    place_biases(gm)
     sites, rejections = match_sites(
         gm,
         training=training,

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
@@ -65,10 +66,29 @@ def annotate(node: Node, call: Callable[..., Any], like: Node) -> None:
     named = torch.fx.node.map_arg(node.kwargs, value_of)
     # Not detect_fake_mode: inside a backend that finds the mode of the example inputs, which is a
     # younger one than that of the graph's example values (both share their symbols).
-    fakes = (value_of(above) for above in node.all_input_nodes)
+    fakes = (value_of(other) for other in (*node.all_input_nodes, like))
     mode = next((value.fake_mode for value in fakes if isinstance(value, FakeTensor)), None)
     with mode or contextlib.nullcontext():
         node.meta["example_value"] = call(*values, **named)
+
+
+def callable_of(node: Node) -> Callable[..., Any]:
+    """What a call of a function or a method computes, as a function of its arguments."""
+    if node.op == "call_method":
+        return lambda self, *args, **kwargs: getattr(self, str(node.target))(*args, **kwargs)
+    assert node.op == "call_function" and callable(node.target)
+    return node.target
+
+
+def is_size(node: Node, size: Any) -> bool:
+    """Whether ``node`` is an int that is known to be ``size``."""
+    value = value_of(node)
+    return isinstance(value, (int, torch.SymInt)) and known(value == size)
+
+
+def is_parameter(node: Node) -> bool:
+    """Whether an input of the graph is a parameter of the model."""
+    return isinstance(value_of(node), nn.Parameter)
 
 
 def outputs_of(gm: GraphModule) -> tuple[Any, ...]:
@@ -140,14 +160,71 @@ def _is_scalar(node: object) -> bool:
 
 def masking_where(node: Node) -> Node | None:
     """The condition of ``where(condition, 0, very negative)``: an additive mask."""
+    filled = hiding_fill(node)
+    if filled is not None:
+        _, condition, kind = filled
+        return condition if kind == "seen" and is_zeros(node.args[1]) else None
     if name_of(node) != "where" or len(node.args) != 3:
         return None
     condition, seen, hidden = node.args
-    zero = (isinstance(seen, Node) and name_of(seen) in ("zeros", "new_zeros")) or seen == 0
-    # The least value that is used for it is float16's minimum.
-    if not zero or not isinstance(hidden, (int, float)) or hidden > -65504:
+    return condition if seen == 0 and is_very_negative(hidden) else None
+
+
+def hiding_fill(node: Node) -> tuple[Node, Node, Literal["seen", "hidden"]] | None:
+    """``(x, condition, where it is True)`` of ``where(seen, x, low)`` and ``x.masked_fill(hidden,
+    low)``, where ``low`` is a number so negative that the softmax makes it 0.
+    """
+    if len(node.args) != 3:
         return None
-    return condition if isinstance(condition, Node) else None
+    name, kind = name_of(node), "hidden"
+    first, second, low = node.args
+    if name == "where":
+        first, second, kind = second, first, "seen"
+    elif name != "masked_fill":
+        return None
+    tensors = isinstance(first, Node) and isinstance(second, Node)
+    return (first, second, kind) if tensors and is_very_negative(low) else None  # type: ignore[return-value]
+
+
+def is_very_negative(value: object) -> bool:
+    """A number below which logits are nothing; float16's minimum is the largest that is used."""
+    if isinstance(value, Node) and name_of(value) in ("tensor", "full", "scalar_tensor"):
+        at = 1 if name_of(value) == "full" else 0
+        value = value.args[at] if len(value.args) > at else None
+    return isinstance(value, (int, float)) and value <= -65504
+
+
+def is_zeros(node: object) -> bool:
+    """A new tensor of zeros."""
+    return isinstance(node, Node) and name_of(node) in ("zeros", "new_zeros", "zeros_like")
+
+
+def is_floor(node: Node) -> bool:
+    """``max(x, very negative)``: what is hidden stays hidden, the rest what it is."""
+    low = node.args[1] if len(node.args) == 2 else None
+    return name_of(node) in ("max", "maximum", "clamp_min") and is_very_negative(low)
+
+
+def is_shift_by_own_max(node: Node) -> bool:
+    """``x - x.max(-1, keepdim=True)``: the softmax of it is that of ``x``."""
+    if name_of(node) not in ("sub", "__sub__", "isub") or len(node.args) != 2:
+        return False
+    source, shift = node.args
+    if isinstance(shift, Node) and name_of(shift) == "getitem" and shift.args[1] == 0:
+        shift = shift.args[0]
+    if not isinstance(shift, Node) or name_of(shift) not in ("max", "amax"):
+        return False
+    last = argument(shift, 1, "dim") in (-1, (-1,), [-1])
+    return last and shift.args[0] is source and argument(shift, 2, "keepdim", False) is True
+
+
+def drops_last(node: Node) -> bool:
+    """``x[..., :-1]``"""
+    return name_of(node) == "getitem" and node.args[1] == (Ellipsis, slice(None, -1, None))
+
+
+def is_not(node: Node) -> bool:
+    return name_of(node) in ("logical_not", "bitwise_not", "invert", "inv", "__invert__")
 
 
 def is_dropout(node: Node) -> bool:

@@ -70,7 +70,7 @@ def test_one_readable_node_per_site_with_metadata():
     (inserted,) = rewrite(gm, CONFIG).inserted
     assert inserted.node.op == "call_module" and inserted.node.target == "ckv_evict_0"
     assert [str(node) for node in gm.graph.nodes].count("ckv_evict_0") == 1
-    key, _ = inserted.node.meta["example_value"]
+    key, *_ = inserted.node.meta["example_value"]
     assert key.shape[2] is not None and key.dtype == torch.float32
     assert "stack_trace" in inserted.node.meta
 
