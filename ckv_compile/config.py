@@ -153,6 +153,9 @@ class EvictionConfig:
         norm: "l1" or "l2" norm of the projected value.
         later_turns: "keep" all tokens that follow a prompt, or "evict" again whenever several come
             at once, to the budget of all tokens seen. A prompt fed in pieces is one prompt.
+        cross_attention: whether the entries of an encoder are evicted as well, once, at the first
+            call of the decoder: its last ``window_size`` queries score them, and none is exempt.
+            Batches that pad the encoder's input keep theirs.
         rewrite_gqa: whether a decode step reads grouped K and V as they are, where the model would
             repeat them for every query head; the same numbers without a copy of the cache.
         lowering: "inductor" (generated C++ or Triton), "aot_eager" (ATen), "eager" (the FX graph as
@@ -173,6 +176,7 @@ class EvictionConfig:
     epsilon: float = 1e-4
     norm: str = "l1"
     later_turns: str = "keep"
+    cross_attention: bool = False
     rewrite_gqa: bool = True
     lowering: str = "auto"
     mode: str = "default"
@@ -194,10 +198,16 @@ class EvictionConfig:
             raise ValueError(f"kernel_size={self.kernel_size} is even; it takes an odd int >= 1")
         _check_float("first_stage_ratio", self.first_stage_ratio, 0.0, 1.0, "a float in [0, 1]")
         _check_float("epsilon", self.epsilon, 0.0, math.inf, "a finite float >= 0")
-        if not isinstance(self.rewrite_gqa, bool):
-            raise TypeError(f"rewrite_gqa={self.rewrite_gqa!r}; it takes True or False")
+        for name in ("cross_attention", "rewrite_gqa"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name}={getattr(self, name)!r}; it takes True or False")
         if not isinstance(self.budget, Budget):
             object.__setattr__(self, "budget", Budget(self.budget))
+        if self.cross_attention and self.counts_bytes:
+            raise ValueError(
+                "cross_attention=True takes a budget in shares, entries or an expression in n: "
+                "bytes are counted on the decoder's own cache alone"
+            )
         spec = self.budget.spec  # type: ignore[union-attr]
         if isinstance(spec, int) and spec <= self.window_size:
             raise ValueError(

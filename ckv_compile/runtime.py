@@ -139,7 +139,9 @@ class OptimizedForward:
             )
             return self.model._call_impl(*args, **kwargs)
         fresh = room.tokens_seen(cache) == 0
-        cutting = q_len > 1 and (fresh or self._cuts_again(cache))
+        # An encoder's entries are cut at the first call, be it of one token.
+        least = 1 if fresh and self.config.cross_attention else 2
+        cutting = q_len >= least and (fresh or self._cuts_again(cache))
         with room.writing(cache, q_len, cutting=cutting):
             result, plan = self._run(tokens, cache, fresh, cutting, args, kwargs)
         if plan is not None:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from torch.fx import Node
 
-Phase = Literal["prefill", "decode", "continuation"]
+Phase = Literal["prefill", "decode", "continuation", "cross"]
 
 
 class Reason(enum.Enum):
@@ -19,6 +19,7 @@ class Reason(enum.Enum):
     DROPOUT = "set the attention dropout to 0"
     OPERANDS = "give SDPA 4-D operands [B, H, Q, D] whose head counts and head_dim are static"
     NOT_CAUSAL = "none needed: only causal self-attention has a cache to evict from"
+    CROSS_ATTENTION = "none needed; pass cross_attention=True to evict an encoder's entries as well"
     OUTPUT_FORKS = "use the attention output in the output projection alone"
     OUTPUT_OP = "project the attention output directly, without a norm or the like in between"
     OUTPUT_AXES = "bring the output to [B, Q, H * D] (transpose(1, 2), then reshape) and project it"
@@ -85,6 +86,7 @@ class AttentionSite:
     output; none where the cache is written in place. ``q_len`` and ``kv_len`` may be symbolic.
     ``latent``: these are one head for all, of which attention's ``key`` and ``value`` are made.
     ``biases`` are added to the logits of this call, ``sinks`` ``[H]`` are logits beside them.
+    ``phase`` "cross": K and V are an encoder's, in the first call of its decoder.
     ``padding`` is false at pads, its column ``padding_offset + j`` is that of key ``j``.
     """
 

@@ -64,6 +64,35 @@ def window_attention(
     return scores
 
 
+def cross_attention(
+    query: Tensor,
+    key: Tensor,
+    scale: float | None,
+    window_size: int,
+    kernel_size: int,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """The same score where K is an encoder's: every query sees every key, and no key is exempt."""
+    batch, heads, _, head_dim = query.shape
+    kv_heads, kv_len = key.shape[1], key.shape[2]
+    scale = 1 / math.sqrt(head_dim) if scale is None else scale
+    scores = torch.zeros(batch, kv_heads, kv_len)
+    for b in range(batch):
+        for h in range(heads):
+            g = h // (heads // kv_heads)
+            logits = query[b, h, -window_size:].float() @ key[b, g].float().T * scale
+            if softcap is not None:
+                logits = (logits / softcap).tanh() * softcap
+            if sinks is not None:
+                logits = torch.cat([logits, sinks[h].float().expand(len(logits), 1)], dim=-1)
+            attention = logits.softmax(-1).mean(0)[:kv_len]
+            for i in range(kv_len):
+                low, high = max(i - kernel_size // 2, 0), i + kernel_size // 2 + 1
+                scores[b, g, i] += attention[low:high].max() * kv_heads / heads
+    return scores
+
+
 def projected_norm(value: Tensor, weight: Tensor, in_out: bool, heads: int, norm: str) -> Tensor:
     """``||v_i W_O^h||_1`` or ``_2``, averaged over the query heads of a group: ``[B, Hkv, K]``."""
     batch, kv_heads, kv_len, head_dim = value.shape

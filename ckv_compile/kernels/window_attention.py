@@ -37,25 +37,17 @@ def window_attention(
         ``[B, Hkv, K]`` float32; 0 where the window or a pad is. A row of at most ``window_size``
         tokens has no key to score; there the result only has to be finite.
     """
-    batch, heads, _, head_dim = query.shape
-    kv_heads, kv_len = key.shape[1], key.shape[2]
-    groups = heads // kv_heads
-    scale = 1 / math.sqrt(head_dim) if scale is None else scale
+    batch, heads, _, _ = query.shape
+    kv_len = key.shape[2]
     positions = torch.arange(kv_len, device=key.device)
     window, prefix = _window(positions, window_size, real)
     # Gathered by index, not sliced: query[:, :, -w:] would add a guard K >= w, hence one graph for
     # short prompts and one for long ones.
     first = kv_len - query.shape[2]  # the first query's position
-    index = (window - first).clamp(min=0)[:, None, :, None]
-    index = index.expand(batch, heads, window_size, head_dim)
-    rows = query.gather(2, index).float() * scale  # [B, H, W, D]
-    rows = rows.reshape(batch, kv_heads, groups * window_size, head_dim)
-    logits = rows @ key.float().transpose(-1, -2)  # [B, Hkv, G*W, K]
-    logits = logits.reshape(batch, heads, window_size, kv_len)
-    if softcap is not None:
-        logits = (logits / softcap).tanh() * softcap
+    index = (window - first).clamp(min=0)[:, None, :, None].expand(batch, heads, -1, -1)
+    logits = _logits(query, key, index, scale, softcap)
     if bias is not None:
-        logits = logits + _rows_of(bias, index[..., :1])
+        logits = logits + _rows_of(bias, index)
     hidden = positions > window[:, None, :, None]  # [1 or B, 1, W, K]
     if real is not None:
         hidden = hidden | ~real[:, None, None]
@@ -65,13 +57,59 @@ def window_attention(
     else:
         asked = (window >= first)[:, None, :, None]
         attention = (attention * asked).sum(2) / asked.sum(2).clamp(min=1)
-    attention = attention.masked_fill(~prefix, -math.inf)
+    pooled = _pooled(attention.masked_fill(~prefix, -math.inf), kernel_size)
+    return _mean_of_groups(pooled.masked_fill(~prefix, 0.0), key.shape[1])
+
+
+def cross_attention(
+    query: Tensor,
+    key: Tensor,
+    scale: Any,
+    window_size: int,
+    kernel_size: int,
+    softcap: Any = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Twin of :func:`ckv_compile.kernels.reference.cross_attention`, traceable.
+
+    Args as of :func:`window_attention`; ``query`` and ``key`` are of different sequences.
+
+    Returns:
+        ``[B, Hkv, K]`` float32.
+    """
+    batch, heads, q_len, _ = query.shape
+    steps = torch.arange(window_size, device=query.device) + (q_len - window_size)
+    index = steps.clamp(min=0)[None, None, :, None].expand(batch, heads, -1, -1)
+    attention = _softmax(_logits(query, key, index, scale, softcap), sinks)
+    asked = (steps >= 0)[:, None]
+    attention = (attention * asked).sum(2) / asked.sum(0)
+    return _mean_of_groups(_pooled(attention, kernel_size), key.shape[1])
+
+
+def _logits(query: Tensor, key: Tensor, index: Tensor, scale: Any, softcap: Any) -> Tensor:
+    """Logits ``[B, H, W, K]`` of the queries at ``index`` ``[B, H, W, 1]``."""
+    batch, heads, _, head_dim = query.shape
+    kv_heads, kv_len = key.shape[1], key.shape[2]
+    scale = 1 / math.sqrt(head_dim) if scale is None else scale
+    rows = query.gather(2, index.expand(-1, -1, -1, head_dim)).float() * scale  # [B, H, W, D]
+    rows = rows.reshape(batch, kv_heads, -1, head_dim)
+    logits = rows @ key.float().transpose(-1, -2)  # [B, Hkv, G*W, K]
+    logits = logits.reshape(batch, heads, -1, kv_len)
+    return logits if softcap is None else (logits / softcap).tanh() * softcap
+
+
+def _pooled(attention: Tensor, kernel_size: int) -> Tensor:
+    """The largest of ``kernel_size`` neighbours, ``[B, H, K]``."""
     # max_pool1d specialises a symbolic length; the two-dimensional op does not. It pads with -inf.
     pooled = F.max_pool2d(
         attention[:, :, None], (1, kernel_size), stride=1, padding=(0, kernel_size // 2)
     )
-    pooled = pooled.reshape(batch, heads, kv_len).masked_fill(~prefix, 0.0)
-    return pooled.reshape(batch, kv_heads, groups, kv_len).mean(2)
+    return pooled.reshape(attention.shape)
+
+
+def _mean_of_groups(scores: Tensor, kv_heads: int) -> Tensor:
+    batch, _, kv_len = scores.shape
+    return scores.reshape(batch, kv_heads, -1, kv_len).mean(2)
 
 
 def _window(positions: Tensor, window_size: int, real: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..config import EvictionConfig
 from ..kernels.projected_norm import projected_norm
-from ..kernels.window_attention import window_attention
+from ..kernels.window_attention import cross_attention, window_attention
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,10 +38,21 @@ class ScoreInputs:
     real: Tensor | None = None  # [B, K] bool, False at pads
     bias: Tensor | None = None  # [B or 1, H or 1, Q or 1, K or 1], added to the logits
     sinks: Tensor | None = None  # [H], logits beside those of the keys
+    cross: bool = False  # K and V are an encoder's
 
     def window_attention(self) -> Tensor:
         """Pooled mean attention of the observation window, ``[B, Hkv, K]``."""
         config = self.config
+        if self.cross:
+            return cross_attention(
+                self.query,
+                self.key,
+                self.scale,
+                config.window_size,
+                config.kernel_size,
+                self.softcap,
+                self.sinks,
+            )
         return window_attention(
             self.query,
             self.key,

@@ -25,14 +25,20 @@ class EvictKV(nn.Module):
         from_config: whether the budget is ``config.budget``, not ``capacity``.
         row_bytes: of one entry in all caches of the graph that are cut, for a batch of one; what a
             budget in bytes is counted by.
+        cross: whether K and V are an encoder's: no entry is exempt.
     """
 
     def __init__(
-        self, config: EvictionConfig, in_out: bool, from_config: bool, row_bytes: int = 0
+        self,
+        config: EvictionConfig,
+        in_out: bool,
+        from_config: bool,
+        row_bytes: int = 0,
+        cross: bool = False,
     ) -> None:
         super().__init__()
         self.config, self.in_out, self.from_config = config, in_out, from_config
-        self.row_bytes = row_bytes
+        self.row_bytes, self.cross = row_bytes, cross
 
     def forward(
         self,
@@ -83,6 +89,7 @@ class EvictKV(nn.Module):
             real,
             sum(with_heads(bias, query.shape[1]) for bias in biases) if biases else None,
             sinks,
+            self.cross,
         )
         scores = METHODS[self.config.method](inputs)
         base, norm = scores.base, scores.norm
@@ -94,7 +101,7 @@ class EvictKV(nn.Module):
             base,
             norm,
             budget,
-            self.config.window_size,
+            0 if self.cross else self.config.window_size,
             self.config.first_stage_ratio,
             self.config.epsilon,
             real,
@@ -110,5 +117,6 @@ class EvictKV(nn.Module):
         return (
             f"method={config.method}, budget={budget}, window_size={config.window_size}, "
             f"kernel_size={config.kernel_size}, first_stage_ratio={config.first_stage_ratio}, "
-            f"epsilon={config.epsilon}, norm={config.norm}, in_out={self.in_out}"
+            f"epsilon={config.epsilon}, norm={config.norm}, in_out={self.in_out}, "
+            f"cross={self.cross}"
         )

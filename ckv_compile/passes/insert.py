@@ -148,6 +148,9 @@ def without_uncounted(
         reason, detail = None, ""
         placed = capacity is not None and site.cache_key in capacity.positions
         cut = site.phase == phase_of(capacity)
+        if site.phase == "cross":  # an encoder's entries are no tokens of the decoder
+            left.append(site)
+            continue
         if cut and rows.strict and not rows.fits(site):
             reason = Reason.UNCOUNTED_TOKENS
             came_in = vocab.shape_of(rows.tokens) or "others"
@@ -182,9 +185,12 @@ def insert_eviction(
     piece of a prompt is cut like its first one, if the ``capacity`` says so. A graph
     that has eviction nodes already is left as it is, so a second run inserts nothing.
     """
-    cut = [site for site in sites if site.phase == phase_of(capacity)]
+    cut = [site for site in sites if site.phase in (phase_of(capacity), "cross")]
     done = any(isinstance(module, EvictKV) for module in gm.modules())
-    if done or (config.budget.keeps_everything and capacity is None):  # type: ignore[union-attr]
+    if config.budget.keeps_everything:  # type: ignore[union-attr]
+        # A budget that is an input may be another one in the next call.
+        cut = [site for site in cut if capacity is not None and site.phase != "cross"]
+    if done:
         cut = []
     entry = sum(row_bytes(site) for site in cut)
     inserted = tuple(_insert(gm, site, config, capacity, entry) for site in cut)
@@ -206,8 +212,9 @@ def _insert(
     capacity: Capacity | None,
     entry: int,
 ) -> Inserted:
-    given = capacity is not None and capacity.fits(site)
-    module = EvictKV(config, site.projection.in_out, not given, entry)
+    cross = site.phase == "cross"
+    given = capacity is not None and capacity.fits(site) and not cross
+    module = EvictKV(config, site.projection.in_out, not given, entry, cross)
     name = f"ckv_evict_{site.index}"
     gm.add_submodule(name, module)
     cached = (site.cache_key, site.cache_value)

@@ -15,7 +15,7 @@ from .attention import Attention, find_attentions
 from .axes import Layout, chain_above, follow, labelled, names_of, text_of, through
 from .bias import wrong_with
 from .latent import sources_of
-from .masks import Mask, read_terms
+from .masks import Mask, parts_of, read_terms
 
 
 class _Refused(Exception):
@@ -40,6 +40,8 @@ def match_sites(
     training: bool = False,
     grad_enabled: bool = False,
     cut: Phase = "prefill",
+    tokens: Node | None = None,
+    cross: bool = False,
 ) -> tuple[tuple[AttentionSite, ...], tuple[Rejection, ...]]:
     """Every attention of ``gm``, as a site or as a rejection.
 
@@ -48,6 +50,9 @@ def match_sites(
         training: whether the model is in training mode, where the caller knows.
         grad_enabled: whether autograd records.
         cut: the calls that leave a cut cache; of others less has to be understood.
+        tokens: those of the call, where it is known; K and V that are not made of them are an
+            encoder's.
+        cross: whether such entries are to be evicted.
     """
     sites: list[AttentionSite] = []
     rejections: list[Rejection] = []
@@ -61,7 +66,8 @@ def match_sites(
                 raise _Refused(node, Reason.GRADIENTS, "autograd records this call")
             if isinstance(found, Rejection):
                 raise _Refused(found.node, found.reason, found.detail)
-            sites.append(_site_of(gm, found, len(sites), name, cut))
+            site = _site_of(gm, found, len(sites), name, cut)
+            sites.append(_cross(site, found, tokens, cross))
         except _Refused as refused:
             rejections.append(dataclasses.replace(refused.rejection, name=name))
     return _without_shared_caches(sites, rejections)
@@ -132,6 +138,24 @@ def _site_of(
         biases=biases,
         sinks=attention.sinks,
     )
+
+
+def _cross(
+    site: AttentionSite, attention: Attention, tokens: Node | None, wanted: bool
+) -> AttentionSite:
+    """The site, as one of cross-attention if its K and V are an encoder's."""
+    if tokens is None or not _depends(site.query, tokens) or _depends(site.cache_key, tokens):
+        return site
+    source = site.cache_key.name
+    if not wanted:
+        raise _Refused(site.sdpa, Reason.CROSS_ATTENTION, f"{source} is not of the call's tokens")
+    parts = (part for term in attention.terms for part, _ in parts_of(term.node, term.kind))
+    if attention.is_causal or not all(vocab.is_zeros(part) for part in parts):
+        detail = f"a mask hides some of {source}, and would not fit what is kept of it"
+        raise _Refused(site.sdpa, Reason.CROSS_ATTENTION, detail)
+    if not (site.key_outputs and site.value_outputs) or site.latent:
+        raise _Refused(site.sdpa, Reason.CROSS_ATTENTION, f"{source} is not returned")
+    return dataclasses.replace(site, phase="cross", mask_kind="none", biases=())
 
 
 def _operand_shape(sdpa: Node, operand: object, what: str) -> tuple[Any, ...]:
@@ -269,6 +293,10 @@ def _cached(gm: GraphModule, operand: Node, axes: Reason) -> _Cached:
             if vocab.is_slice_of(user, node) and user in returned:
                 detail = f"the cache keeps {user.name}, a slice of {node.name}"
                 raise _Refused(operand, Reason.SLIDING_WINDOW, detail)
+    root = chain[-1]
+    if root.op == "placeholder" and not vocab.is_parameter(root):
+        detail = f"attention reads {root.name}, which the call leaves as it is"
+        raise _Refused(operand, Reason.CROSS_ATTENTION, detail)
     detail = f"the graph returns neither {operand.name} nor what it is made of"
     raise _Refused(operand, Reason.CACHE_NOT_FOUND, detail)
 

@@ -46,6 +46,8 @@ def rewrite(
         training=training,
         grad_enabled=grad_enabled,
         cut=phase_of(capacity),
+        tokens=None if capacity is None else capacity.tokens,
+        cross=config.cross_attention,
     )
     sites, rejections = without_uncounted(sites, rejections, capacity, counted)
     before = vocab.outputs_of(gm)

@@ -79,3 +79,18 @@ def test_the_node_keeps_what_the_oracle_keeps_and_says_where_it_stood(merged):
     assert not torch.equal(positions, without)
     index = positions[..., None].expand(-1, -1, -1, 8)
     assert torch.equal(keys, key.gather(2, index)) and torch.equal(values, value.gather(2, index))
+
+
+@SETTINGS
+@given(site(), st.integers(1, 9), st.sampled_from([1, 4, 32]), st.booleans())
+def test_cross_attention(site: dict[str, Any], q_len: int, window_size: int, sinks: bool) -> None:
+    """Prevents a causal mask between two sequences, and a short window that counts one twice."""
+    query, key = site["query"][:, :, :q_len], site["key"]
+    logits = torch.linspace(-4.0, 6.0, query.shape[1]) if sinks else None
+    options = (query, key, 0.5, window_size, 3, None, logits)
+    actual = window_attention.cross_attention(*options)
+    expected = reference.cross_attention(*options)
+    widest = query.float().norm(dim=-1).max() * key.float().norm(dim=-1).max()
+    torch.testing.assert_close(
+        actual, expected, rtol=32 * FLOAT32_STEP * (8 + float(widest)), atol=1e-30
+    )
