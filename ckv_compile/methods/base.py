@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ..config import EvictionConfig
+from ..kernels.adapters import Adapters, with_adapters
 from ..kernels.projected_norm import projected_norm
 from ..kernels.window_attention import window_attention
 
@@ -30,12 +31,13 @@ class ScoreInputs:
     query: Tensor  # [B, H, Q, D]
     key: Tensor  # [B, Hkv, K, D]
     value: Tensor  # [B, Hkv, K, Dv]
-    o_proj_weight: Tensor  # [E, H*Dv], or [H*Dv, E] if in_out
+    o_proj_weight: Tensor | None  # [E, H*Dv], or [H*Dv, E] if in_out
     in_out: bool
     scale: Any
     softcap: Any
     config: EvictionConfig
     real: Tensor | None = None  # [B, K] bool, False at pads
+    adapters: Adapters = ()
 
     def window_attention(self) -> Tensor:
         """Pooled mean attention of the observation window, ``[B, Hkv, K]``."""
@@ -51,6 +53,9 @@ class ScoreInputs:
         )
 
     def projected_norm(self) -> Tensor:
-        """``||v_i W_O||``, mean over the group, ``[B, Hkv, K]``."""
-        heads = self.query.shape[1]
-        return projected_norm(self.value, self.o_proj_weight, self.in_out, heads, self.config.norm)
+        """``||v_i W_O||``, mean over the group, ``[B, Hkv, K]``; ``||v_i||`` if norm="value"."""
+        heads, weight = self.query.shape[1], None
+        if self.config.reads_projection:
+            assert self.o_proj_weight is not None
+            weight = with_adapters(self.o_proj_weight, self.in_out, self.adapters)
+        return projected_norm(self.value, weight, self.in_out, heads, self.config.norm)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import CacheBytes, EvictionConfig
+from ..kernels.adapters import Adapters
 from ..kernels.compact import compact
 from ..kernels.select import select
 from ..sizes import number_of
@@ -38,7 +39,7 @@ class EvictKV(nn.Module):
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        o_proj_weight: Tensor,
+        o_proj_weight: Tensor | None,
         scale: Any = None,
         softcap: Any = None,
         capacity: Tensor | None = None,
@@ -46,6 +47,7 @@ class EvictKV(nn.Module):
         row_budgets: Tensor | None = None,
         gap: Tensor | None = None,
         cached: tuple[Tensor, Tensor] | None = None,
+        adapters: Adapters = (),
     ) -> tuple[Tensor, Tensor]:
         """``[B, Hkv, K, D]`` to ``[B, Hkv, budget, D]``; the size of ``capacity`` is the budget.
 
@@ -56,6 +58,8 @@ class EvictKV(nn.Module):
         ``cached``, two tensors ``[B, 1, K, *]``, is what the cache holds where ``key`` and
         ``value`` are made of it for all heads: an entry then counts what its heads give it on
         average, as the heads of a group do.
+
+        ``adapters`` are added to ``o_proj_weight``, which is None where no score asks for it.
         """
         kv_len = key.shape[2]
         if capacity is None:
@@ -66,7 +70,16 @@ class EvictKV(nn.Module):
         if real is not None and gap is not None:
             real = real.narrow(1, number_of(gap), kv_len)
         inputs = ScoreInputs(
-            query, key, value, o_proj_weight, self.in_out, scale, softcap, self.config, real
+            query,
+            key,
+            value,
+            o_proj_weight,
+            self.in_out,
+            scale,
+            softcap,
+            self.config,
+            real,
+            adapters,
         )
         scores = METHODS[self.config.method](inputs)
         base, norm = scores.base, scores.norm

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import operator
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
@@ -15,6 +16,7 @@ from ..site import AttentionSite, Phase, Reason, Rejection
 from ..sizes import number_of
 from . import vocabulary as vocab
 from .axes import chain_above
+from .projections import insert_weight
 
 
 @torch.library.custom_op("ckv_compile::capacity", mutates_args=())
@@ -178,23 +180,28 @@ def _insert(
     entry: int,
 ) -> Inserted:
     given = capacity is not None and capacity.fits(site)
-    module = EvictKV(config, site.projection.in_out, not given, entry)
+    projection = site.projection if config.reads_projection else None
+    in_out = projection is not None and projection.matrix.in_out
+    module = EvictKV(config, in_out, not given, entry)
     name = f"ckv_evict_{site.index}"
     gm.add_submodule(name, module)
-    cached = (site.cache_key, site.cache_value)
-    read = (site.key, site.value) if site.latent else cached
-    args = (site.query, *read, site.projection.weight, site.scale, site.softcap)
-    if given:
-        assert capacity is not None
-        padded = (site.padding, capacity.row_budgets, capacity.gap)
-        args = (*args, capacity.node, *(padded if site.padding is not None else ()))
     graph = gm.graph
-    with graph.inserting_after(site.projection.node):
-        kwargs = {"cached": cached} if site.latent else {}
+    end = site.sdpa if projection is None else projection.node
+    with graph.inserting_before(end.next):
+        weight, adapters = insert_weight(graph, projection) if projection else (None, ())
+        cached = (site.cache_key, site.cache_value)
+        read = (site.key, site.value) if site.latent else cached
+        args: tuple[Any, ...] = (site.query, *read, weight, site.scale, site.softcap)
+        if given:
+            assert capacity is not None
+            padded = (site.padding, capacity.row_budgets, capacity.gap)
+            args = (*args, capacity.node, *(padded if site.padding is not None else ()))
+        kwargs: dict[str, Any] = {"cached": cached} if site.latent else {}
+        if adapters:
+            kwargs["adapters"] = adapters
         node = graph.call_module(name, args, kwargs)
-    with graph.inserting_after(node):
-        value = graph.call_function(operator.getitem, (node, 1))
         key = graph.call_function(operator.getitem, (node, 0))
+        value = graph.call_function(operator.getitem, (node, 1))
     vocab.annotate(node, module, like=site.sdpa)
     for new in (key, value):
         vocab.annotate(new, operator.getitem, like=site.sdpa)

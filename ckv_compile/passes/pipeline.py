@@ -44,6 +44,7 @@ def rewrite(
         training=training,
         grad_enabled=grad_enabled,
         cut=phase_of(capacity),
+        projected=config.reads_projection,
     )
     sites, rejections = without_uncounted(sites, rejections, capacity, counted)
     before = vocab.outputs_of(gm)
