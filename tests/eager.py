@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface, DynamicCache
+from transformers.pytorch_utils import Conv1D
 
 from ckv_compile.config import EvictionConfig
 from ckv_compile.kernels import reference
@@ -49,9 +50,9 @@ class Recorded:
 @torch.no_grad()
 def weight_of(projection: torch.nn.Module) -> tuple[Tensor, bool]:
     """``W_O`` and whether it is ``[in, out]``; adapted or quantised, by what the layer does."""
-    kind = type(projection).__name__
-    if kind in ("Linear", "Conv1D") and type(projection.weight) is torch.nn.Parameter:
-        return projection.weight, kind == "Conv1D"
+    plain = type(projection) in (torch.nn.Linear, Conv1D)
+    if plain and type(projection.weight) is torch.nn.Parameter:
+        return projection.weight, type(projection) is Conv1D
     unit = torch.eye(projection.in_features)
     return projection(unit) - projection(torch.zeros_like(unit)), True
 
