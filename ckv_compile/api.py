@@ -26,7 +26,7 @@ def optimize(
     another budget costs no second compile where only the budget changes.
 
     Args:
-        model: a causal language model in eval mode, on any device.
+        model: a causal language model in eval mode, on any device; wrapped by PEFT or not.
         budget: share, token count, expression or bytes, see :class:`ckv_compile.Budget`; 0.2 if
             none is given, which the first compile then says in the log.
         **options: the other fields of :class:`ckv_compile.EvictionConfig`.
@@ -39,21 +39,23 @@ def optimize(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}; optimize takes an nn.Module")
+    called = _called(model)
     given = {} if budget is None else {"budget": budget}
     config = EvictionConfig.from_options({**given, **options})
-    previous = _optimized(model)
+    previous = _optimized(called)
     if previous is not None and _same_code(previous, config):
         region = previous.region
     else:
-        region = Region(model, config, default_budget=budget is None)
-    model._compiled_call_impl = OptimizedForward(model, config, region)
+        region = Region(called, config, default_budget=budget is None)
+    called._compiled_call_impl = OptimizedForward(called, config, region)
     return model
 
 
 def restore(model: nn.Module) -> nn.Module:
     """Undo ``optimize``: the model runs as it was written. Returns the model."""
-    if _optimized(model) is not None:
-        model._compiled_call_impl = None
+    called = _called(model)
+    if _optimized(called) is not None:
+        called._compiled_call_impl = None
     return model
 
 
@@ -72,6 +74,7 @@ def explain(
     Raises:
         ValueError: there are no inputs and the model is not optimised.
     """
+    model = _called(model)
     optimized = _optimized(model)
     if not args and not inputs:
         if optimized is None:
@@ -109,6 +112,7 @@ def compress(
     Raises:
         ValueError: the model is not optimised, or makes no cache that can be cut.
     """
+    model = _called(model)
     optimized = _optimized(model)
     if optimized is None:
         raise ValueError("the model is not optimised; call ckv_compile.optimize(model) first")
@@ -126,6 +130,16 @@ def compress(
     room.finish_prompt(cache)
     cache.fingerprint = room.fingerprint_of(model)
     return cache
+
+
+def _called(model: nn.Module) -> nn.Module:
+    """The module that ``model(...)`` and ``model.generate(...)`` both call.
+
+    A wrapper of PEFT leaves ``generate`` to the model inside, which calls itself: compiled around
+    the wrapper, nothing that is generated would be evicted.
+    """
+    inside = getattr(model, "get_base_model", None)
+    return inside() if callable(inside) else model
 
 
 def _optimized(model: nn.Module) -> OptimizedForward | None:

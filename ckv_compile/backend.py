@@ -159,7 +159,7 @@ def _report_of(rewritten: Rewritten, config: EvictionConfig) -> Report:
             kv_len=_size(site.kv_len),
             kept=_size(kept),
             row_bytes=row_bytes(site),
-            weight=_source_of(site.projection.weight),
+            weight="" if site.projection is None else _source_of(site.projection.matrix.weight),
             cache=_cache_of(site),
             budget_from=budget_from,
             folded=site.index in folded,

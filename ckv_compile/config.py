@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 METHODS = ("criticalkv", "snapkv")
-NORMS = ("l1", "l2")
+NORMS = ("l1", "l2", "value")
 LOWERINGS = ("auto", "inductor", "aot_eager", "eager")
 LATER_TURNS = ("keep", "evict")
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
@@ -150,7 +150,9 @@ class EvictionConfig:
         kernel_size: width of the max-pooling of attention scores; odd.
         first_stage_ratio: CriticalKV's alpha, the share of the budget filled by attention alone.
         epsilon: CriticalKV's eps, added to the attention before it is multiplied by the norm.
-        norm: "l1" or "l2" norm of the projected value.
+        norm: "l1" or "l2" norm of the projected value; or "value", the L1 norm of the value alone,
+            for models whose output projection cannot be read, or whose output is normed before it
+            (Theorem 3 of the paper, which bounds the change of the output, does not hold for it).
         later_turns: "keep" all tokens that follow a prompt, or "evict" again whenever several come
             at once, to the budget of all tokens seen. A prompt fed in pieces is one prompt.
         cross_attention: whether the entries of an encoder are evicted as well, once, at the first
@@ -230,6 +232,11 @@ class EvictionConfig:
         """Whether the budget can only be resolved where the caches are known."""
         assert isinstance(self.budget, Budget)
         return self.budget.nbytes is not None
+
+    @property
+    def reads_projection(self) -> bool:
+        """Whether the scores see values through the output projection."""
+        return self.method == "criticalkv" and self.norm != "value"
 
     def entries(self, n: int | torch.SymInt, size: CacheBytes | None = None) -> Any:
         """Entries kept per KV head of a prompt of ``n`` tokens; see :meth:`Budget.entries`."""

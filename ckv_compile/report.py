@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from .config import EvictionConfig
-from .site import AttentionSite, Rejection
+from .site import AttentionSite, Projection, Rejection
 
 NOTHING_MATCHED = "no attention was matched: the cache is not cut and the model runs unchanged"
 
@@ -159,9 +159,7 @@ def _row(site: AttentionSite, traced: Traced) -> SiteRow:
         kv_heads=site.num_key_value_heads,
         groups=site.num_key_value_groups,
         head_dim=site.head_dim,
-        weight=traced.weight
-        + (" [in, out]" if site.projection.in_out else " [out, in]")
-        + (", gate left out" if site.projection.gated else ""),
+        weight=_weight(site.projection, traced.weight),
         mask=site.mask_kind,
         cache=traced.cache,
         phase=site.phase,
@@ -172,6 +170,17 @@ def _row(site: AttentionSite, traced: Traced) -> SiteRow:
         bytes_before=per_entry * traced.kv_len,
         bytes_after=per_entry * traced.kept,
     )
+
+
+def _weight(projection: Projection | None, name: str) -> str:
+    """Through what the values were seen."""
+    if projection is None:
+        return "none: not read"
+    layout = "[quantised]" if projection.matrix.opaque else "[out, in]"
+    if projection.matrix.in_out and not projection.matrix.opaque:
+        layout = "[in, out]"
+    added = f" + {len(projection.adapters)} added" if projection.adapters else ""
+    return f"{name} {layout}{added}" + (", gate left out" if projection.gated else "")
 
 
 def _site_cells(row: SiteRow) -> tuple[str, ...]:

@@ -20,10 +20,16 @@ class Reason(enum.Enum):
     OPERANDS = "give SDPA 4-D operands [B, H, Q, D] whose head counts and head_dim are static"
     NOT_CAUSAL = "none needed: only causal self-attention has a cache to evict from"
     CROSS_ATTENTION = "none needed; pass cross_attention=True to evict an encoder's entries as well"
-    OUTPUT_FORKS = "use the attention output in the output projection alone"
-    OUTPUT_OP = "project the attention output directly, without a norm or the like in between"
+    OUTPUT_FORKS = (
+        "use the attention output in the output projection and in low-rank adapters added to it "
+        'alone (merge other adapters); or score without it: norm="value"'
+    )
+    OUTPUT_OP = (
+        "project the attention output directly, by an op whose weight can be read, without a norm "
+        'or the like in between; or score without the projection: norm="value"'
+    )
     OUTPUT_AXES = "bring the output to [B, Q, H * D] (transpose(1, 2), then reshape) and project it"
-    NO_PROJECTION = "follow the attention by a linear output projection"
+    NO_PROJECTION = 'follow the attention by a linear output projection; or use norm="value"'
     KEY_AXES = "keep K as [B, num_key_value_heads, K, D], repeated over groups at most"
     VALUE_AXES = "keep V as [B, num_key_value_heads, K, D], repeated over groups at most"
     CACHE_NOT_FOUND = (
@@ -54,15 +60,36 @@ class Rejection:
 
 
 @dataclasses.dataclass(frozen=True)
-class Projection:
-    """The output projection ``W_O``: ``weight`` is ``[E, H*D]``, or ``[H*D, E]`` if ``in_out``.
+class Matrix:
+    """``node`` multiplies by ``weight``, ``[out, in]``, or ``[in, out]`` if ``in_out``.
 
-    ``gated``: the output is multiplied by a gate before; a value is scored as if it were 1.
+    ``opaque``: the weight is quantised, and only that op can read it.
     """
 
     node: Node
     weight: Node
     in_out: bool
+    opaque: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Branch:
+    """A product of ``matrices``, first to last, times all ``factors``; of two it is a LoRA."""
+
+    matrices: tuple[Matrix, ...] = ()
+    factors: tuple[Node | float, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Projection:
+    """The output projection ``W_O``: ``matrix`` plus all ``adapters``; ``node`` holds the result.
+
+    ``gated``: the output is multiplied by a gate before; a value is scored as if it were 1.
+    """
+
+    node: Node
+    matrix: Matrix
+    adapters: tuple[Branch, ...] = ()
     gated: bool = False
 
 
@@ -85,6 +112,7 @@ class AttentionSite:
     the cache holds. ``key_outputs`` and ``value_outputs`` are their positions in the graph's
     output; none where the cache is written in place. ``q_len`` and ``kv_len`` may be symbolic.
     ``latent``: these are one head for all, of which attention's ``key`` and ``value`` are made.
+    ``projection`` is None where it could not be read and no score asks for it.
     ``biases`` are added to the logits of this call, ``sinks`` ``[H]`` are logits beside them.
     ``phase`` "cross": K and V are an encoder's, in the first call of its decoder.
     ``padding`` is false at pads, its column ``padding_offset + j`` is that of key ``j``.
@@ -100,7 +128,7 @@ class AttentionSite:
     is_causal: bool
     scale: Node | float | None
     softcap: Node | float | None
-    projection: Projection
+    projection: Projection | None
     cache_key: Node
     cache_value: Node
     key_outputs: tuple[int, ...]

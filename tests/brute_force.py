@@ -63,7 +63,7 @@ def window_attention(
 
 
 def projected_norm(value: Array, weight: Array, in_out: bool, heads: int, norm: str) -> Array:
-    """``||v_i W_O^h||_1`` or ``_2``, mean over the group, ``[B, Hkv, K]``."""
+    """``||v_i W_O^h||_1`` or ``_2``, or ``||v_i||_1`` (value); mean over the group, [B, Hkv, K]."""
     batch, kv_heads, kv_len, head_dim = value.shape
     groups = heads // kv_heads
     norms = np.zeros((batch, kv_heads, kv_len))
@@ -73,11 +73,12 @@ def projected_norm(value: Array, weight: Array, in_out: bool, heads: int, norm: 
             slices = [weight[c] if in_out else weight[:, c] for c in columns]
             per_head = np.array(slices).astype(np.float64)  # [Dv, E]
             for i in range(kv_len):
-                projected = value[b, h // groups, i].astype(np.float64) @ per_head
-                if norm == "l1":
-                    size = math.fsum(abs(x) for x in projected)
-                else:
+                alone = value[b, h // groups, i].astype(np.float64)
+                projected = alone if norm == "value" else alone @ per_head
+                if norm == "l2":
                     size = math.sqrt(math.fsum(x * x for x in projected))
+                else:
+                    size = math.fsum(abs(x) for x in projected)
                 norms[b, h // groups, i] += size / groups
     return norms
 

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface, DynamicCache
+from transformers.pytorch_utils import Conv1D
 
 from ckv_compile.config import EvictionConfig
 from ckv_compile.kernels import reference
@@ -29,12 +30,12 @@ class Recorded:
         """Kept positions ``[B, Hkv, budget]`` by the oracle, after ``seen`` tokens."""
         names = ("o_proj", "dense", "out_proj", "c_proj")
         projection = next(m for n in names if (m := getattr(self.module, n, None)) is not None)
-        in_out = type(projection).__name__ == "Conv1D"
+        weight, in_out = weight_of(projection)
         scores = reference.window_attention(
             self.query, self.key, self.scale, config.window_size, config.kernel_size
         )
         norms = reference.projected_norm(
-            self.value, projection.weight, in_out, self.query.shape[1], config.norm
+            self.value, weight, in_out, self.query.shape[1], config.norm
         )
         return reference.select(
             scores,
@@ -44,6 +45,16 @@ class Recorded:
             config.first_stage_ratio,
             config.epsilon,
         )
+
+
+@torch.no_grad()
+def weight_of(projection: torch.nn.Module) -> tuple[Tensor, bool]:
+    """``W_O`` and whether it is ``[in, out]``; adapted or quantised, by what the layer does."""
+    plain = type(projection) in (torch.nn.Linear, Conv1D)
+    if plain and type(projection.weight) is torch.nn.Parameter:
+        return projection.weight, type(projection) is Conv1D
+    unit = torch.eye(projection.in_features)
+    return projection(unit) - projection(torch.zeros_like(unit)), True
 
 
 _calls: list[Recorded] = []

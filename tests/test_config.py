@@ -169,6 +169,7 @@ def test_from_options_of_nothing_is_the_default() -> None:
     assert (default.budget, default.method, default.window_size) == (Budget(0.2), "criticalkv", 32)
     assert (default.kernel_size, default.first_stage_ratio, default.epsilon) == (7, 0.5, 1e-4)
     assert (default.norm, default.lowering) == ("l1", "auto")
+    assert default.reads_projection
 
 
 @pytest.mark.parametrize("lowering", LOWERINGS)

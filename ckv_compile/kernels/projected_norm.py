@@ -10,18 +10,23 @@ from torch import Tensor
 _BLOCK_BYTES = {"cpu": 1 << 20, "other": 1 << 26}
 
 
-def projected_norm(value: Tensor, weight: Tensor, in_out: bool, heads: int, norm: str) -> Tensor:
+def projected_norm(
+    value: Tensor, weight: Tensor | None, in_out: bool, heads: int, norm: str
+) -> Tensor:
     """Twin of :func:`ckv_compile.kernels.reference.projected_norm`, traceable.
 
     Args:
         value: ``[B, Hkv, K, Dv]``, any float dtype.
-        weight: ``[E, H*Dv]``, or ``[H*Dv, E]`` if ``in_out``.
+        weight: ``[E, H*Dv]``, or ``[H*Dv, E]`` if ``in_out``; None for norm="value".
         heads: H, the number of query heads.
-        norm: "l1" or "l2".
+        norm: "l1" or "l2"; or "value", the L1 norm of the value as it is.
 
     Returns:
         ``[B, Hkv, K]`` float32, the mean over the query heads of a group.
     """
+    if norm == "value":
+        return value.float().abs().sum(-1)
+    assert weight is not None
     if norm == "l2":
         return _l2(value, weight, in_out, heads)
     return torch.ops.ckv_compile.projected_norm_l1(value, weight, in_out, heads)

@@ -7,6 +7,7 @@ Shapes: ``query [B, H, Q, D]``, ``key``, ``value [B, Hkv, K, D]``, ``weight [E, 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -93,16 +94,44 @@ def cross_attention(
     return scores
 
 
-def projected_norm(value: Tensor, weight: Tensor, in_out: bool, heads: int, norm: str) -> Tensor:
-    """``||v_i W_O^h||_1`` or ``_2``, averaged over the query heads of a group: ``[B, Hkv, K]``."""
+def projected_norm(
+    value: Tensor, weight: Tensor | None, in_out: bool, heads: int, norm: str
+) -> Tensor:
+    """``||v_i W_O^h||_1`` or ``_2``, averaged over the query heads of a group: ``[B, Hkv, K]``.
+
+    Of the value alone, ``||v_i||_1``, for norm="value".
+    """
     batch, kv_heads, kv_len, head_dim = value.shape
     groups = heads // kv_heads
-    rows = weight.float() if in_out else weight.float().T  # [H*Dv, E]
     norms = torch.zeros(batch, kv_heads, kv_len)
     for h in range(heads):
-        projected = value[:, h // groups].float() @ rows[h * head_dim : (h + 1) * head_dim]
-        norms[:, h // groups] += projected.norm(p=1 if norm == "l1" else 2, dim=-1) / groups
+        seen = value[:, h // groups].float()
+        if norm != "value":
+            assert weight is not None
+            rows = weight.float() if in_out else weight.float().T  # [H*Dv, E]
+            seen = seen @ rows[h * head_dim : (h + 1) * head_dim]
+        norms[:, h // groups] += seen.norm(p=2 if norm == "l2" else 1, dim=-1) / groups
     return norms
+
+
+def with_adapters(
+    weight: Tensor, in_out: bool, adapters: Sequence[tuple[Sequence[Tensor], Sequence[float]]]
+) -> Tensor:
+    """The matrix by which all branches together multiply, read off what they do to unit vectors.
+
+    Adapters are ``[in, out]`` matrices and factors; the result is laid out like ``weight``.
+    """
+    base = weight.float() if in_out else weight.float().T
+    rows = []
+    for unit in torch.eye(len(base)):
+        row = unit @ base
+        for matrices, factors in adapters:
+            part = unit
+            for matrix in matrices:
+                part = part @ matrix.float()
+            row = row + part * math.prod(factors)
+        rows.append(row)
+    return torch.stack(rows) if in_out else torch.stack(rows).T
 
 
 def best(scores: list[float], candidates: list[int], count: int) -> list[int]:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ..config import EvictionConfig
+from ..kernels.adapters import Adapters, with_adapters
 from ..kernels.projected_norm import projected_norm
 from ..kernels.window_attention import cross_attention, window_attention
 
@@ -30,7 +31,7 @@ class ScoreInputs:
     query: Tensor  # [B, H, Q, D]
     key: Tensor  # [B, Hkv, K, D]
     value: Tensor  # [B, Hkv, K, Dv]
-    o_proj_weight: Tensor  # [E, H*Dv], or [H*Dv, E] if in_out
+    o_proj_weight: Tensor | None  # [E, H*Dv], or [H*Dv, E] if in_out
     in_out: bool
     scale: Any
     softcap: Any
@@ -39,6 +40,7 @@ class ScoreInputs:
     bias: Tensor | None = None  # [B or 1, H or 1, Q or 1, K or 1], added to the logits
     sinks: Tensor | None = None  # [H], logits beside those of the keys
     cross: bool = False  # K and V are an encoder's
+    adapters: Adapters = ()
 
     def window_attention(self) -> Tensor:
         """Pooled mean attention of the observation window, ``[B, Hkv, K]``."""
@@ -66,6 +68,9 @@ class ScoreInputs:
         )
 
     def projected_norm(self) -> Tensor:
-        """``||v_i W_O||``, mean over the group, ``[B, Hkv, K]``."""
-        heads = self.query.shape[1]
-        return projected_norm(self.value, self.o_proj_weight, self.in_out, heads, self.config.norm)
+        """``||v_i W_O||``, mean over the group, ``[B, Hkv, K]``; ``||v_i||`` if norm="value"."""
+        heads, weight = self.query.shape[1], None
+        if self.config.reads_projection:
+            assert self.o_proj_weight is not None
+            weight = with_adapters(self.o_proj_weight, self.in_out, self.adapters)
+        return projected_norm(self.value, weight, self.in_out, heads, self.config.norm)

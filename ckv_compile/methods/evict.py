@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import CacheBytes, EvictionConfig
+from ..kernels.adapters import Adapters
 from ..kernels.compact import compact
 from ..kernels.select import select
 from ..kernels.window_attention import with_heads
@@ -45,7 +46,7 @@ class EvictKV(nn.Module):
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        o_proj_weight: Tensor,
+        o_proj_weight: Tensor | None,
         scale: Any = None,
         softcap: Any = None,
         capacity: Tensor | None = None,
@@ -55,6 +56,7 @@ class EvictKV(nn.Module):
         cached: tuple[Tensor, Tensor] | None = None,
         biases: tuple[Tensor, ...] = (),
         sinks: Tensor | None = None,
+        adapters: Adapters = (),
     ) -> tuple[Tensor, Tensor, Tensor]:
         """``[B, Hkv, K, D]`` to ``[B, Hkv, budget, D]``, and where those stood.
 
@@ -68,6 +70,8 @@ class EvictKV(nn.Module):
         ``cached``, two tensors ``[B, 1, K, *]``, is what the cache holds where ``key`` and
         ``value`` are made of it for all heads: an entry then counts what its heads give it on
         average, as the heads of a group do.
+
+        ``adapters`` are added to ``o_proj_weight``, which is None where no score asks for it.
         """
         kv_len = key.shape[2]
         if capacity is None:
@@ -90,6 +94,7 @@ class EvictKV(nn.Module):
             sum(with_heads(bias, query.shape[1]) for bias in biases) if biases else None,
             sinks,
             self.cross,
+            adapters,
         )
         scores = METHODS[self.config.method](inputs)
         base, norm = scores.base, scores.norm

@@ -67,6 +67,18 @@ def chain_above(node: Node) -> list[Node]:
     return chain
 
 
+def upstream(nodes: Iterable[Any]) -> set[Node]:
+    """The nodes and all that they are computed from."""
+    todo = [node for node in nodes if isinstance(node, Node)]
+    seen = set(todo)
+    while todo:
+        for above in todo.pop().all_input_nodes:
+            if above not in seen:
+                seen.add(above)
+                todo.append(above)
+    return seen
+
+
 def _size_of(factors: Iterable[Factor]) -> Any:
     product: Any = 1
     for _, size in factors:

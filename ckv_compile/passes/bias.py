@@ -16,7 +16,7 @@ from ..kernels.window_attention import with_heads
 from ..site import Bias
 from . import vocabulary as vocab
 from .attention import Attention, Term, find_attentions
-from .axes import chain_above
+from .axes import chain_above, upstream
 from .masks import parts_of, read_mask
 
 
@@ -74,24 +74,13 @@ def wrong_with(bias: Bias, batch: Any, heads: int, q_len: Any, kv_len: Any) -> s
     for size, length in zip(shape, wanted, strict=True):
         if not vocab.known(size == 1) and not vocab.known(size == length):
             return f"bias {bias.node.name} is {tuple(shape)} for {tuple(wanted)}"
-    for node in _cone(bias.node):
+    for node in upstream([bias.node]):
         value = vocab.value_of(node)
         # What else comes into the graph may hide pads, or change with the cache.
         outside = node.op == "placeholder" and isinstance(value, torch.Tensor)
         if outside and not vocab.is_parameter(node):
             return f"bias {bias.node.name} is computed from {node.name}"
     return ""
-
-
-def _cone(node: Node) -> set[Node]:
-    """All that ``node`` is computed from, itself included."""
-    seen, todo = {node}, [node]
-    while todo:
-        for above in todo.pop().all_input_nodes:
-            if above not in seen:
-                seen.add(above)
-                todo.append(above)
-    return seen
 
 
 def place_biases(gm: GraphModule) -> None:
@@ -146,7 +135,7 @@ def _placed(
     kv_len = (vocab.shape_of(attention.key) or ())[2]
     wrong = wrong_with(Bias(bias, term.merged), batch, heads, q_len, kv_len)
     # The same ops once more, for all tokens seen where they were for the entries held.
-    whole = {node: seen for node in _cone(bias) if vocab.is_size(node, kv_len)}
+    whole = {node: seen for node in upstream([bias]) if vocab.is_size(node, kv_len)}
     if not wrong:
         _copy(gm, bias, whole, term.user)
         total = vocab.value_of(seen) if isinstance(seen, Node) else seen
@@ -169,11 +158,11 @@ def _placed(
 
 def _copy(gm: GraphModule, node: Node, new: dict[Node, Any], before: Node) -> None:
     """Copy what of ``node``'s cone depends on the keys of ``new``, and map ``node`` in it."""
-    affected = {n for n in _cone(node) if n in new or _cone(n) & new.keys()}
+    affected = {n for n in upstream([node]) if n in new or upstream([n]) & new.keys()}
     for one in gm.graph.nodes:
         if one in affected and one not in new:
             with gm.graph.inserting_before(before):
                 copied = gm.graph.node_copy(one, lambda n: new.get(n, n))
-            vocab.annotate(copied, vocab.callable_of(copied), like=one)
+            vocab.annotate(copied, vocab.called(copied), like=one)
             new[one] = copied
     new.setdefault(node, node)

@@ -16,6 +16,7 @@ from ..site import AttentionSite, Phase, Reason, Rejection
 from ..sizes import number_of
 from . import vocabulary as vocab
 from .axes import chain_above
+from .projections import insert_weight
 
 
 @torch.library.custom_op("ckv_compile::capacity", mutates_args=())
@@ -123,7 +124,7 @@ def take_capacity(gm: GraphModule) -> Capacity | None:
                     positions[vocab.argument(node, 6, "key")] = i
             with gm.graph.inserting_before(node):
                 nowhere = gm.graph.call_method("new_empty", (node.args[0], 0))
-            vocab.annotate(nowhere, vocab.callable_of(nowhere), like=node)
+            vocab.annotate(nowhere, vocab.called(nowhere), like=node)
             node.replace_all_uses_with(nowhere)
             gm.graph.erase_node(node)
             if not nowhere.users:
@@ -214,23 +215,29 @@ def _insert(
 ) -> Inserted:
     cross = site.phase == "cross"
     given = capacity is not None and capacity.fits(site) and not cross
-    module = EvictKV(config, site.projection.in_out, not given, entry, cross)
+    projection = site.projection if config.reads_projection else None
+    in_out = projection is not None and projection.matrix.in_out
+    module = EvictKV(config, in_out, not given, entry, cross)
     name = f"ckv_evict_{site.index}"
     gm.add_submodule(name, module)
-    cached = (site.cache_key, site.cache_value)
-    read = (site.key, site.value) if site.latent else cached
-    args = (site.query, *read, site.projection.weight, site.scale, site.softcap)
-    if given:
-        assert capacity is not None
-        padded = (site.padding, capacity.row_budgets, capacity.gap)
-        args = (*args, capacity.node, *(padded if site.padding is not None else ()))
     graph = gm.graph
-    with graph.inserting_after(site.projection.node):
-        kwargs = {"cached": cached} if site.latent else {}
+    end = site.sdpa if projection is None else projection.node
+    with graph.inserting_before(end.next):
+        weight, adapters = insert_weight(graph, projection) if projection else (None, ())
+        cached = (site.cache_key, site.cache_value)
+        read = (site.key, site.value) if site.latent else cached
+        args: tuple[Any, ...] = (site.query, *read, weight, site.scale, site.softcap)
+        if given:
+            assert capacity is not None
+            padded = (site.padding, capacity.row_budgets, capacity.gap)
+            args = (*args, capacity.node, *(padded if site.padding is not None else ()))
+        kwargs: dict[str, Any] = {"cached": cached} if site.latent else {}
         if site.biases:
             kwargs["biases"] = tuple(bias.node for bias in site.biases)
         if site.sinks is not None:
             kwargs["sinks"] = site.sinks
+        if adapters:
+            kwargs["adapters"] = adapters
         node = graph.call_module(name, args, kwargs)
     vocab.annotate(node, module, like=site.sdpa)
     outputs = outputs_for(site, capacity)

@@ -61,6 +61,10 @@ def _above(node: Node, axis: int) -> list[tuple[Node, int]] | None:
             "get_attr",
         )
         return [(first, axis)] if fixed and axis < len(shape) - 1 else None
+    if name in ("add", "mul"):  # a linear layer and its LoRA
+        scaling = vocab.scaling_of(node)
+        parts = node.args if scaling is None and name == "add" else (scaling or ())[:1]
+        return [(part, axis) for part in parts] if _alike(parts, shape) else None
     if name == "expand":
         before = vocab.shape_of(first) or ()
         at = axis - (len(shape) - len(before))
@@ -74,6 +78,17 @@ def _above(node: Node, axis: int) -> list[tuple[Node, int]] | None:
     if op.kind == "permute":
         return [(first, op.perm[axis])]
     return _regrouped(first, axis, shape) if op.kind == "regroup" else None
+
+
+def _alike(parts: tuple[Any, ...], shape: tuple[Any, ...]) -> bool:
+    """Whether an op goes through tensors of one shape element by element."""
+    shapes = [vocab.shape_of(part) for part in parts]
+    return bool(shapes) and all(
+        found is not None
+        and len(found) == len(shape)
+        and all(vocab.known(a == b) for a, b in zip(found, shape, strict=True))
+        for found in shapes
+    )
 
 
 def _regrouped(first: Node, axis: int, shape: tuple[Any, ...]) -> list[tuple[Node, int]] | None:

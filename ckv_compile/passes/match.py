@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from ..site import AttentionSite, Bias, Phase, Projection, Reason, Rejection
+from ..site import AttentionSite, Bias, Phase, Reason, Rejection
 from . import vocabulary as vocab
 from .attention import Attention, find_attentions
-from .axes import Layout, chain_above, follow, labelled, names_of, text_of, through
+from .axes import chain_above, follow, labelled, names_of, text_of, upstream
 from .bias import wrong_with
 from .latent import sources_of
 from .masks import Mask, parts_of, read_terms
+from .projections import projection_of
 
 
 class _Refused(Exception):
@@ -42,6 +43,7 @@ def match_sites(
     cut: Phase = "prefill",
     tokens: Node | None = None,
     cross: bool = False,
+    projected: bool = True,
 ) -> tuple[tuple[AttentionSite, ...], tuple[Rejection, ...]]:
     """Every attention of ``gm``, as a site or as a rejection.
 
@@ -53,6 +55,7 @@ def match_sites(
         tokens: those of the call, where it is known; K and V that are not made of them are an
             encoder's.
         cross: whether such entries are to be evicted.
+        projected: whether the scores see values through the output projection.
     """
     sites: list[AttentionSite] = []
     rejections: list[Rejection] = []
@@ -66,7 +69,7 @@ def match_sites(
                 raise _Refused(node, Reason.GRADIENTS, "autograd records this call")
             if isinstance(found, Rejection):
                 raise _Refused(found.node, found.reason, found.detail)
-            site = _site_of(gm, found, len(sites), name, cut)
+            site = _site_of(gm, found, len(sites), name, cut, projected)
             sites.append(_cross(site, found, tokens, cross))
         except _Refused as refused:
             rejections.append(dataclasses.replace(refused.rejection, name=name))
@@ -74,7 +77,7 @@ def match_sites(
 
 
 def _site_of(
-    gm: GraphModule, attention: Attention, index: int, name: str, cut: Phase
+    gm: GraphModule, attention: Attention, index: int, name: str, cut: Phase, projected: bool
 ) -> AttentionSite:
     node = attention.output
     if attention.dropout_p != 0:
@@ -85,7 +88,9 @@ def _site_of(
         raise _Refused(node, Reason.OPERANDS, "the head count or head_dim is symbolic")
     _operand_shape(node, attention.key, "key")
 
-    projection = _projection_of(node, batch, heads, q_len, value_head_dim)
+    projection = projection_of(node, (batch, heads, q_len, value_head_dim))
+    if isinstance(projection, Rejection) and (projected or projection.reason is Reason.TRAINING):
+        raise _Refused(projection.node, projection.reason, projection.detail)
     latents = _latents(gm, attention)
     if latents is not None:
         cache_key, cache_value = latents
@@ -118,7 +123,7 @@ def _site_of(
         is_causal=bool(attention.is_causal),
         scale=attention.scale,
         softcap=attention.softcap,
-        projection=projection,
+        projection=None if isinstance(projection, Rejection) else projection,
         cache_key=cache_key.node,
         cache_value=cache_value.node,
         key_outputs=cache_key.outputs,
@@ -144,7 +149,8 @@ def _cross(
     site: AttentionSite, attention: Attention, tokens: Node | None, wanted: bool
 ) -> AttentionSite:
     """The site, as one of cross-attention if its K and V are an encoder's."""
-    if tokens is None or not _depends(site.query, tokens) or _depends(site.cache_key, tokens):
+    asks = tokens is not None and tokens in upstream([site.query])
+    if not asks or tokens in upstream([site.cache_key]):
         return site
     source = site.cache_key.name
     if not wanted:
@@ -170,77 +176,6 @@ def _phase_of(q_len: Any, kv_len: Any) -> Phase:
     if vocab.known(q_len == 1):
         return "decode"
     return "prefill" if vocab.known(q_len == kv_len) else "continuation"
-
-
-def _projection_of(sdpa: Node, batch: Any, heads: int, q_len: Any, head_dim: int) -> Projection:
-    """Push ``[B, H, Q, D]`` downwards to the first op that is not a layout op."""
-    layout: Layout | None = labelled("BHQD", (batch, heads, q_len, head_dim))
-    node, gated = sdpa, False
-    while True:
-        users = [u for u in node.users if u.op != "output" and not vocab.only_measures(u, node)]
-        if not users:
-            raise _Refused(sdpa, Reason.NO_PROJECTION, f"{node.name} is not projected")
-        if len(users) > 1:
-            names = ", ".join(user.name for user in users)
-            raise _Refused(sdpa, Reason.OUTPUT_FORKS, f"{node.name} is used by {names}")
-        (user,) = users
-        operands = vocab.projection_operands(user, node)
-        if operands is not None:
-            found = _checked_projection(sdpa, user, operands, layout, heads, head_dim)
-            return dataclasses.replace(found, gated=gated)
-        if vocab.is_training_dropout(user):
-            raise _Refused(sdpa, Reason.TRAINING, f"{user.name} is a dropout in training mode")
-        gate = vocab.factor_of(user, node)
-        if gate is not None and not _depends(gate, sdpa):
-            # W_O diag(gate) is another matrix for each query; the scores see W_O alone.
-            node, gated = user, True
-            continue
-        op = vocab.layout_op_of(user)
-        if op is None or user.args[0] is not node:
-            detail = f"{user.name} ({vocab.name_of(user)}) stands before the projection"
-            raise _Refused(sdpa, Reason.OUTPUT_OP, detail)
-        assert layout is not None
-        layout = through(op, layout, vocab.shape_of(user) or ())
-        if layout is None:
-            raise _Refused(sdpa, Reason.OUTPUT_AXES, f"{user.name} mixes the axes of the output")
-        node = user
-
-
-def _depends(node: Node, on: Node) -> bool:
-    """Whether ``node`` is computed from the value of ``on``."""
-    seen, todo = {node}, [node]
-    while todo:
-        for above in (one := todo.pop()).all_input_nodes:
-            if vocab.only_measures(one, above):
-                continue
-            if above is on:
-                return True
-            if above not in seen:
-                seen.add(above)
-                todo.append(above)
-    return False
-
-
-def _checked_projection(
-    sdpa: Node,
-    node: Node,
-    operands: tuple[Node, bool],
-    layout: Layout | None,
-    heads: int,
-    head_dim: int,
-) -> Projection:
-    assert layout is not None
-    weight, in_out = operands
-    # The projection contracts the last axis: exactly H slow and D fast, or W_O^h is not a slice.
-    contracted = names_of(labelled("HD", (heads, head_dim)))
-    if names_of(layout)[-1] != "".join(contracted):
-        detail = f"the projection reads {text_of(layout)}, not [.., H*D]"
-        raise _Refused(sdpa, Reason.OUTPUT_AXES, detail)
-    root = chain_above(weight)[-1]
-    if root.op not in ("placeholder", "get_attr"):
-        detail = f"the projection's weight comes from {root.name}, not from a parameter"
-        raise _Refused(sdpa, Reason.OUTPUT_OP, detail)
-    return Projection(node, weight, in_out)
 
 
 def _latents(gm: GraphModule, attention: Attention) -> tuple[_Cached, _Cached] | None:

@@ -48,6 +48,7 @@ def rewrite(
         cut=phase_of(capacity),
         tokens=None if capacity is None else capacity.tokens,
         cross=config.cross_attention,
+        projected=config.reads_projection,
     )
     sites, rejections = without_uncounted(sites, rejections, capacity, counted)
     before = vocab.outputs_of(gm)

@@ -17,6 +17,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 LayoutKind = Literal["keep", "permute", "regroup", "expand", "interleave"]
 
@@ -27,6 +28,8 @@ _CASTS = {"to", "bool", "type", "contiguous", "clone"}
 _AND = {"and_", "__and__", "iand", "__iand__", "bitwise_and", "logical_and"}
 _LESS_EQUAL = {"le", "__le__", "less_equal"}
 _GREATER_EQUAL = {"ge", "__ge__", "greater_equal"}
+# Custom ops that multiply their first argument by a quantised matrix, and the position of a bias.
+_OPAQUE_LINEAR = {"bitsandbytes.gemm_4bit.default": 6, "bitsandbytes.gemv_4bit.default": 6}
 _FULL_SLICES = (slice(None), slice(0, None, None), slice(None, None, 1), slice(0, None, 1))
 
 
@@ -70,14 +73,6 @@ def annotate(node: Node, call: Callable[..., Any], like: Node) -> None:
     mode = next((value.fake_mode for value in fakes if isinstance(value, FakeTensor)), None)
     with mode or contextlib.nullcontext():
         node.meta["example_value"] = call(*values, **named)
-
-
-def callable_of(node: Node) -> Callable[..., Any]:
-    """What a call of a function or a method computes, as a function of its arguments."""
-    if node.op == "call_method":
-        return lambda self, *args, **kwargs: getattr(self, str(node.target))(*args, **kwargs)
-    assert node.op == "call_function" and callable(node.target)
-    return node.target
 
 
 def is_size(node: Node, size: Any) -> bool:
@@ -281,7 +276,9 @@ def layout_op_of(node: Node) -> LayoutOp | None:
     if is_dropout(node):
         return None if is_training_dropout(node) else LayoutOp("keep")
     if name in _KEEP:
-        return LayoutOp("keep")
+        # A cast to integers drops fractions: that is no mere relayout.
+        drops = value_of(node.args[0]).is_floating_point() and not after.is_floating_point()
+        return None if drops else LayoutOp("keep")
     if name in _REGROUP:
         reinterprets = any(isinstance(arg, torch.dtype) for arg in node.args)
         return None if reinterprets else LayoutOp("regroup")
@@ -319,6 +316,35 @@ def projection_operands(node: Node, source: Node) -> tuple[Node, bool] | None:
     return None if scaled else (weight, in_out)
 
 
+def is_opaque_linear(node: Node, source: Node) -> bool:
+    """Whether ``node`` is a linear op that alone can read its weight, applied to ``source``.
+
+    That is a linear with a tensor subclass for a weight, or an op of bitsandbytes.
+    """
+    if not node.args or node.args[0] is not source:
+        return False
+    if str(node.target) in _OPAQUE_LINEAR:
+        return len(node.args) <= _OPAQUE_LINEAR[str(node.target)]
+    wrapped = is_subclass(value_of(argument(node, 1, "weight")))
+    return wrapped and name_of(node) in ("linear", "matmul", "mm", "__matmul__")
+
+
+def is_subclass(value: object) -> bool:
+    """Whether a value is a tensor made of other tensors, such as torchao's quantised weights."""
+    return is_traceable_wrapper_subclass(value)
+
+
+def weight_alone(node: Node, operand: object) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments for an opaque linear: applied to ``operand``, without its bias."""
+    kept = node.args[1:] if str(node.target) in _OPAQUE_LINEAR else node.args[1:2]
+    return (operand, *kept), {k: v for k, v in node.kwargs.items() if k != "bias"}
+
+
+def called(node: Node) -> Callable[..., Any]:
+    """What a node calls."""
+    return getattr(torch.Tensor, node.target) if node.op == "call_method" else node.target
+
+
 def factor_of(node: Node, source: Node) -> Node | None:
     """The tensor that ``node`` multiplies ``source`` by, element by element."""
     if name_of(node) not in ("mul", "__mul__", "imul", "multiply") or len(node.args) != 2:
@@ -335,7 +361,7 @@ def factor_of(node: Node, source: Node) -> Node | None:
 def only_measures(node: Node, source: Node) -> bool:
     """Whether ``node`` reads no more of ``source`` than its shape."""
     named = name_of(node) in ("view_as", "expand_as", "reshape_as")
-    return named and node.args[0] is not source
+    return (named and node.args[0] is not source) or name_of(node) == "size"
 
 
 def is_and(node: Node) -> bool:

@@ -101,16 +101,30 @@ def test_window_attention(
 
 
 @SETTINGS
-@given(value_and_weight(), st.sampled_from(["l1", "l2"]))
+@given(value_and_weight(), st.sampled_from(["l1", "l2", "value"]))
 def test_projected_norm(drawn: tuple[torch.Tensor, torch.Tensor, bool, int], norm: str) -> None:
     """Prevents the weight from being read in the other layout or cut at other heads."""
     value, weight, in_out, heads = drawn
     expected = brute_force.projected_norm(value.numpy(), weight.numpy(), in_out, heads, norm)
     actual = reference.projected_norm(value, weight, in_out, heads, norm).numpy()
     # Terms of a product may cancel: the error follows their size, not the sum's.
-    terms = value.norm(dim=-1).numpy() * float(weight.norm())
+    terms = value.norm(dim=-1).numpy() * (1.0 if norm == "value" else float(weight.norm()))
     assert (np.abs(actual - expected) <= 16 * FLOAT32_STEP * (expected + terms)).all()
     assert (actual[(value == 0).all(-1).numpy()] == 0).all()
+
+
+@pytest.mark.parametrize("in_out", [False, True])
+def test_with_adapters(in_out: bool) -> None:
+    """Prevents an oracle that adds another matrix than the layers together multiply by."""
+    generator = generator_of(0)
+    shapes = [(6, 9) if in_out else (9, 6), (6, 2), (2, 9), (6, 9), (5, 6)]
+    weight, down, up, full, x = (torch.randn(*s, generator=generator) for s in shapes)
+    adapters = [([down, up], [0.5, 3.0]), ([full], [])]
+    whole = reference.with_adapters(weight, in_out, adapters).numpy().astype(np.float64)
+    actual = x.numpy() @ (whole if in_out else whole.T)
+    x, weight, down, up, full = (t.double() for t in (x, weight, down, up, full))
+    expected = x @ (weight if in_out else weight.T) + 1.5 * ((x @ down) @ up) + x @ full
+    np.testing.assert_allclose(actual, expected.numpy(), rtol=1e-5, atol=1e-5)
 
 
 @SETTINGS
@@ -191,7 +205,7 @@ def separated(scores: np.ndarray) -> bool:
 @given(
     st.integers(0, 1 << 16),
     st.sampled_from(RATIOS),
-    st.sampled_from(["l1", "l2"]),
+    st.sampled_from(["l1", "l2", "value"]),
     st.sampled_from([1, 3]),
     st.integers(5, 20),
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from ckv_compile.config import EvictionConfig
 from ckv_compile.kernels import compact, projected_norm, reference, select, window_attention
+from ckv_compile.kernels.adapters import with_adapters
 from ckv_compile.methods.evict import EvictKV
 
 SETTINGS = settings(deadline=None, max_examples=50)
@@ -122,21 +124,50 @@ def test_window_attention(
 
 
 @SETTINGS
-@given(site(), st.sampled_from(["l1", "l2"]))
+@given(site(), st.sampled_from(["l1", "l2", "value"]))
 def test_projected_norm(site: dict[str, Any], norm: str) -> None:
     """Prevents a weight read in the other layout, and half-precision norms that overflow."""
     value, weight, heads = site["value"], site["weight"], site["query"].shape[1]
     actual = projected_norm.projected_norm(value, weight, site["in_out"], heads, norm)
     expected = reference.projected_norm(value, weight, site["in_out"], heads, norm)
     assert (actual.dtype, actual.shape) == (torch.float32, value.shape[:3])
-    terms = value.float().norm(dim=-1) * weight.float().norm()
+    terms = value.float().norm(dim=-1) * (1 if norm == "value" else weight.float().norm())
     # Of L2 it is the square that is summed, so its error is the root of a rounding step.
-    step = 16 * FLOAT32_STEP if norm == "l1" else FLOAT32_STEP**0.5
+    step = FLOAT32_STEP**0.5 if norm == "l2" else 16 * FLOAT32_STEP
     assert ((actual - expected).abs() <= step * (expected + terms)).all()
     if norm == "l2":
         large = expected > 0.05 * terms
         torch.testing.assert_close(actual[large], expected[large], rtol=1e-3, atol=0)
     assert (actual[(value == 0).all(-1)] == 0).all()
+
+
+@st.composite
+def adapted(draw: st.DrawFn) -> tuple[Tensor, bool, list[tuple[list[Tensor], list[float]]]]:
+    """A weight, whether it is in-out, and chains of one to three matrices beside it."""
+    inside, out = draw(st.sampled_from([1, 8, 24])), draw(st.sampled_from([1, 16, 37]))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 1 << 16)))
+    in_out = draw(st.booleans())
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(draw(DTYPES))
+
+    adapters = []
+    for _ in range(draw(st.integers(0, 3))):
+        sizes = [inside, *draw(st.lists(st.sampled_from([1, 4, 9]), max_size=2)), out]
+        matrices = [randn(*pair) for pair in itertools.pairwise(sizes)]
+        adapters.append((matrices, draw(st.lists(st.sampled_from([0.0, 0.5, -2.0]), max_size=2))))
+    return (randn(inside, out) if in_out else randn(out, inside)), in_out, adapters
+
+
+@SETTINGS
+@given(adapted())
+def test_with_adapters(drawn: tuple[Tensor, bool, Any]) -> None:
+    """Prevents an adapter in the other layout, unscaled, or summed in half precision."""
+    weight, _, adapters = drawn
+    actual = with_adapters(*drawn)
+    assert actual is weight if not adapters else actual.dtype == torch.float32
+    expected = reference.with_adapters(*drawn)
+    torch.testing.assert_close(actual.float(), expected, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("in_out", [False, True])
@@ -278,7 +309,7 @@ def evicted(
 @given(
     site(),
     st.sampled_from(["criticalkv", "snapkv"]),
-    st.sampled_from(["l1", "l2"]),
+    st.sampled_from(["l1", "l2", "value"]),
     st.sampled_from([1, 4, 32]),
     RATIOS,
     st.sampled_from([0.2, 0.5, 1.0, 40, "max(34, n/3)", "n - 3"]),
@@ -346,7 +377,7 @@ def test_every_option_reaches_its_kernel(option: str, value: Any) -> None:
 
 
 @SETTINGS
-@given(site(st.integers(2, 40)), st.data(), st.sampled_from(["l1", "l2"]))
+@given(site(st.integers(2, 40)), st.data(), st.sampled_from(["l1", "l2", "value"]))
 def test_evict_kv_with_broken_values(site: dict[str, Any], data: st.DataObject, norm: str) -> None:
     """Prevents one overflowed activation from losing the window or from repeating an entry."""
     config = EvictionConfig("n/2", window_size=4, norm=norm)
@@ -363,7 +394,7 @@ def test_evict_kv_with_broken_values(site: dict[str, Any], data: st.DataObject, 
 
 
 @pytest.mark.parametrize("kv_len", [1, 3, 31, 32])
-@pytest.mark.parametrize("norm", ["l1", "l2"])
+@pytest.mark.parametrize("norm", ["l1", "l2", "value"])
 def test_a_prompt_within_the_window_stays_whole(kv_len: int, norm: str) -> None:
     """Prevents a short prompt from losing entries, or from failing where a window is cut."""
     key = torch.randn(2, 2, kv_len, 8)

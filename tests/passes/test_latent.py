@@ -18,6 +18,7 @@ from ckv_compile.passes.pipeline import rewrite
 
 CONFIG = EvictionConfig(budget=9, window_size=3, kernel_size=3)
 BATCH, HEADS, Q_LEN, LATENT, ROPE, WIDTH = 2, 4, 12, 24, 8, 16
+DOWN, UP = torch.linspace(-1, 1, 2 * LATENT).view(2, LATENT), torch.ones(HEADS * 2 * WIDTH, 2)
 
 
 def latent_inputs():
@@ -33,7 +34,11 @@ def latent_inputs():
 
 def expanded(latent, rotary, up):
     """K and V of all heads, token by token of the two latents, as DeepSeek's models make them."""
-    both = F.linear(latent, up).view(BATCH, Q_LEN, HEADS, 2 * WIDTH).transpose(1, 2)
+    return parted(F.linear(latent, up), rotary)
+
+
+def parted(both, rotary):
+    both = both.view(BATCH, Q_LEN, HEADS, 2 * WIDTH).transpose(1, 2)
     plain, value = both.split([WIDTH, WIDTH], dim=-1)
     return torch.cat([plain, rotary.expand(-1, HEADS, -1, -1)], dim=-1), value
 
@@ -48,6 +53,17 @@ def copied(latent, rotary, up):
     return key, value
 
 
+def with_lora(latent, rotary, up):
+    """The same, through a LoRA of the projection."""
+    return expanded(latent, rotary, up + UP @ DOWN * 0.5)
+
+
+def added(latent, rotary, up):
+    """As PEFT writes that, the adapter beside the layer."""
+    both = F.linear(latent, up) + F.linear(F.linear(latent, DOWN), UP) * 0.5
+    return parted(both, rotary)
+
+
 def latent_attention(make):
     def forward(query, latent, rotary, up, out):
         latent, rotary = latent * 2, rotary * 2
@@ -59,8 +75,10 @@ def latent_attention(make):
     return forward
 
 
-@pytest.mark.parametrize("make", [expanded, copied])
-def test_latents_are_cut_by_the_mean_of_all_heads(make):
+@pytest.mark.parametrize(
+    ("make", "meant"), [(expanded, expanded), (copied, expanded), (added, with_lora)]
+)
+def test_latents_are_cut_by_the_mean_of_all_heads(make, meant):
     """The cache holds one head for all; an entry is worth what all heads think of it."""
     args = latent_inputs()
     gm = captured(latent_attention(make), *args)
@@ -69,7 +87,7 @@ def test_latents_are_cut_by_the_mean_of_all_heads(make):
     _, kept_latent, kept_rotary = gm(*gm.meta["inputs"])
 
     latent, rotary = args[1] * 2, args[2] * 2
-    key, value = expanded(latent, rotary, args[3])
+    key, value = meant(latent, rotary, args[3])
     scores = reference.window_attention(args[0], key, None, 3, 3).mean(1, keepdim=True)
     norms = reference.projected_norm(value, args[4], False, HEADS, "l1").mean(1, keepdim=True)
     keep = reference.select(scores, norms, 9, 3, 0.5, 1e-4)
@@ -103,7 +121,19 @@ def half_written(latent, rotary, up):
     return key, value
 
 
-@pytest.mark.parametrize("make", [rolled, summed, flipped, transposed, half_written])
+def shifted_in(latent, rotary, up):
+    """The adapter reads the token before."""
+    return parted(F.linear(latent, up) + F.linear(latent.roll(1, dims=2), up), rotary)
+
+
+def spread(latent, rotary, up):
+    """One token's projection is added to all."""
+    return parted(F.linear(latent, up) + F.linear(latent[:, :, :1], up), rotary)
+
+
+@pytest.mark.parametrize(
+    "make", [rolled, summed, flipped, transposed, half_written, shifted_in, spread]
+)
 def test_tokens_that_are_mixed_on_the_way_are_refused(make):
     """Entry j of K must be made of entry j of the cache, or its score is another entry's."""
     found = rewrite(captured(latent_attention(make), *latent_inputs()), CONFIG)

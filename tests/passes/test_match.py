@@ -177,7 +177,7 @@ PROJECTIONS = {
 def test_output_projection(project, in_out, dynamic):
     """The side on which W_O keeps H*D decides which of its slices belongs to a head."""
     site = only_site(attention(project=project), *inputs(), dynamic=dynamic)
-    assert site.projection.in_out is in_out
+    assert site.projection.matrix.in_out is in_out
 
 
 MERGES = {
@@ -331,14 +331,9 @@ def forked(x, w):
     return F.linear(x, w) + x
 
 
-def computed_weight(x, w):
-    return F.linear(x, w * 2)
-
-
 PROJECTED = {
     "einsum": (attention(merge=lambda o: o, project=einsum_project), Reason.OUTPUT_OP),
     "forked": (attention(project=forked), Reason.OUTPUT_FORKS),
-    "computed weight": (attention(project=computed_weight), Reason.OUTPUT_OP),
     "none": (attention(project=lambda x, w: x), Reason.NO_PROJECTION),
 }
 
