@@ -102,6 +102,8 @@ def mark_dynamic(tokens: Tensor | None, kwargs: dict[str, Any]) -> None:
                 if value.dim() == 4:  # a ready-made mask [B, 1, Q, K]
                     varies(value, 2)
                     varies(value, 3)
+            elif value.dim() == 1 and tokens is not None and len(value) == tokens.shape[1]:
+                varies(value, 0)  # positions, whatever their name
         else:
             _mark_cache(value)
 

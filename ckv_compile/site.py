@@ -33,6 +33,9 @@ class Reason(enum.Enum):
     SHARED_CACHE = "none: two attentions read one cache, and each would evict its own choice"
     PADDING_MASK = "use ckv_compile.optimize, which counts each row's tokens; or do not pad"
     UNCOUNTED_TOKENS = "none: the model caches tokens of its own beside those that it is given"
+    POSITIONS = (
+        "pass the positions of new tokens to the model: a cut cache is shorter than what it has seen"
+    )
     ATTENTION_UNREADABLE = 'load the model with attn_implementation="sdpa" where it has that'
     MASK_UNREADABLE = "use is_causal=True, or a mask that compares key and query positions"
 
@@ -56,12 +59,14 @@ class Projection:
     """The output projection ``W_O``: ``weight`` is ``[E, H*D]``, or ``[H*D, E]`` if ``in_out``.
 
     ``gated``: the output is multiplied by a gate before; a value is scored as if it were 1.
+    ``weight_axes``: the order in which a weight of three axes is ``[H, D, E]``.
     """
 
     node: Node
     weight: Node
     in_out: bool
     gated: bool = False
+    weight_axes: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

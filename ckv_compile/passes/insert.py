@@ -115,7 +115,8 @@ def without_uncounted(
     """Reject sites whose tokens, or whose rows' tokens, nobody has counted.
 
     A cache that does not follow its rows would show pads to later tokens, and one that counts other
-    tokens than the caller would give later ones wrong positions: wrong, silently.
+    tokens than the caller would give later ones wrong positions: wrong, silently. A static buffer
+    cannot shrink at all.
     """
     rows = capacity or Capacity(None, None, strict=counted)
     left: list[AttentionSite] = []
@@ -126,6 +127,10 @@ def without_uncounted(
             reason = Reason.UNCOUNTED_TOKENS
             came_in = vocab.shape_of(rows.tokens) or "others"
             detail = f"{site.q_len} tokens are cached where {came_in} came in"
+        elif site.phase == "continuation" and not site.key_outputs and not rows.strict:
+            # Our own caches are strict. Of others nobody knows how much of the buffer is filled.
+            reason = Reason.CACHE_NOT_FOUND
+            detail = f"{site.cache_key.name} is a buffer of {site.kv_len} slots, written in place"
         elif cut and not rows.counts_rows_of(site):
             reason = Reason.PADDING_MASK
             detail = (
@@ -183,12 +188,14 @@ def _insert(
     gm.add_submodule(name, module)
     cached = (site.cache_key, site.cache_value)
     read = (site.key, site.value) if site.latent else cached
-    args = (site.query, *read, site.projection.weight, site.scale, site.softcap)
+    graph = gm.graph
+    with graph.inserting_before(site.projection.node):
+        weight = _matrix_of(gm, site)
+    args = (site.query, *read, weight, site.scale, site.softcap)
     if given:
         assert capacity is not None
         padded = (site.padding, capacity.row_budgets, capacity.gap)
         args = (*args, capacity.node, *(padded if site.padding is not None else ()))
-    graph = gm.graph
     with graph.inserting_after(site.projection.node):
         kwargs = {"cached": cached} if site.latent else {}
         node = graph.call_module(name, args, kwargs)
@@ -200,6 +207,17 @@ def _insert(
         vocab.annotate(new, operator.getitem, like=site.sdpa)
     _repoint(gm, dict.fromkeys(site.key_outputs, key) | dict.fromkeys(site.value_outputs, value))
     return Inserted(site, node, module)
+
+
+def _matrix_of(gm: GraphModule, site: AttentionSite) -> Node:
+    """The projection's weight with two axes, ``[H*D, E]`` if it has three."""
+    weight, axes = site.projection.weight, site.projection.weight_axes
+    if axes:
+        weight = gm.graph.call_method("permute", (weight, *axes))
+        vocab.annotate(weight, torch.Tensor.permute, like=site.sdpa)
+        weight = gm.graph.call_method("flatten", (weight, 0, 1))
+        vocab.annotate(weight, torch.Tensor.flatten, like=site.sdpa)
+    return weight
 
 
 def _repoint(gm: GraphModule, new: dict[int, Node]) -> None:

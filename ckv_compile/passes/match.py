@@ -11,8 +11,10 @@ from torch.fx import GraphModule, Node
 
 from ..site import AttentionSite, Phase, Projection, Reason, Rejection
 from . import vocabulary as vocab
-from .attention import Attention, find_attentions
+from .anchors import anchor_of, find_anchors
+from .attention import Attention
 from .axes import Layout, chain_above, follow, labelled, names_of, text_of, through
+from .einsum import contraction_of
 from .latent import sources_of
 from .masks import Mask, read_mask
 
@@ -50,8 +52,8 @@ def match_sites(
     """
     sites: list[AttentionSite] = []
     rejections: list[Rejection] = []
-    for found in find_attentions(gm):
-        node = found.node if isinstance(found, Rejection) else found.anchor
+    for found in find_anchors(gm):
+        node = anchor_of(found)
         name = module_path_of(node)
         try:
             if training:
@@ -161,6 +163,9 @@ def _projection_of(sdpa: Node, batch: Any, heads: int, q_len: Any, head_dim: int
         if operands is not None:
             found = _checked_projection(sdpa, user, operands, layout, heads, head_dim)
             return dataclasses.replace(found, gated=gated)
+        if contraction_of(user, node) is not None:
+            found = _contracted(sdpa, user, node, layout, heads, head_dim)
+            return dataclasses.replace(found, gated=gated)
         if vocab.is_training_dropout(user):
             raise _Refused(sdpa, Reason.TRAINING, f"{user.name} is a dropout in training mode")
         gate = vocab.factor_of(user, node)
@@ -177,6 +182,36 @@ def _projection_of(sdpa: Node, batch: Any, heads: int, q_len: Any, head_dim: int
         if layout is None:
             raise _Refused(sdpa, Reason.OUTPUT_AXES, f"{user.name} mixes the axes of the output")
         node = user
+
+
+def _contracted(
+    sdpa: Node, node: Node, source: Node, layout: Layout | None, heads: int, head_dim: int
+) -> Projection:
+    """A projection that is an einsum: it sums over the axis ``H*D``, or over both axes H and D."""
+    found = contraction_of(node, source)
+    assert found is not None and layout is not None
+    names = names_of(layout)
+    summed = {names[axis]: other for axis, other in found.met.items()}
+    wanted = names_of(labelled("HD", (heads, head_dim)))
+    if set(summed) == {"".join(wanted)}:
+        weight_axes: tuple[int, ...] = ()
+        in_out = found.free == 1
+    elif len(summed) == 2 and set(summed) == set(wanted):
+        weight_axes = (summed[wanted[0]], summed[wanted[1]], found.free)
+        in_out = True
+    else:
+        detail = f"the projection {node.args[0]!r} reads {text_of(layout)}, and not all of H and D"
+        raise _Refused(sdpa, Reason.OUTPUT_AXES, detail)
+    _parameter(sdpa, found.weight)
+    return Projection(node, found.weight, in_out, weight_axes=weight_axes)
+
+
+def _parameter(sdpa: Node, weight: Node) -> None:
+    """Refuse a weight that the model computes: it may differ from token to token."""
+    root = chain_above(weight)[-1]
+    if root.op not in ("placeholder", "get_attr"):
+        detail = f"the projection's weight comes from {root.name}, not from a parameter"
+        raise _Refused(sdpa, Reason.OUTPUT_OP, detail)
 
 
 def _depends(node: Node, on: Node) -> bool:
@@ -209,10 +244,7 @@ def _checked_projection(
     if names_of(layout)[-1] != "".join(contracted):
         detail = f"the projection reads {text_of(layout)}, not [.., H*D]"
         raise _Refused(sdpa, Reason.OUTPUT_AXES, detail)
-    root = chain_above(weight)[-1]
-    if root.op not in ("placeholder", "get_attr"):
-        detail = f"the projection's weight comes from {root.name}, not from a parameter"
-        raise _Refused(sdpa, Reason.OUTPUT_OP, detail)
+    _parameter(sdpa, weight)
     return Projection(node, weight, in_out)
 
 
@@ -247,8 +279,11 @@ def _latent(node: Node, returned: tuple[Any, ...]) -> _Cached:
 def _is_buffer(root: Node) -> bool:
     """Whether ``root`` is, or is a slice of, a tensor that is written in place."""
     source = root.args[0] if root.args else None
-    sliced = isinstance(source, Node) and vocab.is_slice_of(root, source)
-    return _is_written(source if sliced else root)
+    if not isinstance(source, Node):
+        return _is_written(root)
+    if vocab.is_in_place(root) and chain_above(source)[-1].op in ("placeholder", "get_attr"):
+        return True  # index_copy_ gives the buffer back
+    return _is_written(source if vocab.is_slice_of(root, source) else root)
 
 
 def _cached(gm: GraphModule, operand: Node, axes: Reason) -> _Cached:

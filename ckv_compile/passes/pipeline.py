@@ -9,9 +9,11 @@ from torch.fx import GraphModule
 from ..config import EvictionConfig
 from ..site import AttentionSite, Rejection
 from . import vocabulary as vocab
+from .einsum import spell_out_einsums
 from .fold import fold_groups
 from .insert import Inserted, insert_eviction, phase_of, take_capacity, without_uncounted
 from .match import match_sites
+from .positions import without_counting_caches
 from .verify import verify
 
 
@@ -39,6 +41,8 @@ def rewrite(
     """
     # The budget may come as an input of the graph; its marker must go before anything else reads.
     capacity = take_capacity(gm)
+    # The readers know products as matmuls alone.
+    spell_out_einsums(gm)
     sites, rejections = match_sites(
         gm,
         training=training,
@@ -46,6 +50,8 @@ def rewrite(
         cut=phase_of(capacity),
     )
     sites, rejections = without_uncounted(sites, rejections, capacity, counted)
+    if not counted:
+        sites, rejections = without_counting_caches(sites, rejections)
     before = vocab.outputs_of(gm)
     inserted = insert_eviction(gm, sites, config, capacity)
     folded = fold_groups(gm, sites) if config.rewrite_gqa else ()
