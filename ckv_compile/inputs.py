@@ -108,6 +108,30 @@ def mark_dynamic(tokens: Tensor | None, kwargs: dict[str, Any]) -> None:
             _mark_cache(value)
 
 
+def mark_attributes(model: nn.Module, lengths: set[int]) -> None:
+    """Tell Dynamo that the caches which a model keeps in its attributes grow, before they do.
+
+    Without it the first token would be compiled for one length, and take positions of that length
+    for constants.
+
+    Args:
+        lengths: those that a call leaves in a cache.
+    """
+    for module in model.modules():
+        _mark_held(list(vars(module).values()), lengths)
+
+
+def _mark_held(value: Any, lengths: set[int]) -> None:
+    if isinstance(value, Tensor):
+        if value.dim() == 4 and value.shape[2] in lengths:
+            varies(value, 2)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            _mark_held(item, lengths)
+    elif isinstance(value, dict):
+        _mark_held(list(value.values()), lengths)
+
+
 def _mark_cache(value: Any) -> None:
     """The lengths of the ``[B, Hkv, K, D]`` tensors in a cache object or in nested tuples."""
     if isinstance(value, Tensor):

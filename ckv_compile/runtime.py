@@ -25,6 +25,7 @@ from .inputs import (
     cache_room,
     first_two,
     is_contiguous,
+    mark_attributes,
     mark_dynamic,
     prepare_mask,
     tokens_of,
@@ -212,7 +213,10 @@ class OptimizedForward:
             raise WrongPositionsError(COUNTS_BY_LENGTH)
         try:
             with _compile_settings():
-                return region.call(plan, args, kwargs), plan
+                result = region.call(plan, args, kwargs)
+            if cache is None and plan is not None:
+                mark_attributes(self.model, {plan.capacity.shape[0], plan.seen})
+            return result, plan
         except torch._dynamo.exc.BackendCompilerFailed as error:
             if isinstance(error.inner_exception, WrongPositionsError):
                 raise error.inner_exception from None

@@ -117,15 +117,23 @@ class NanoGPT(Decoder):
 
 
 class EinsumAttention(FusedAttention):
-    """The products written out, softmax between them."""
+    """The products written out, softmax between them, heads apart in the output projection."""
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        scores = torch.einsum("bhqd,bhkd->bhqk", q, k) / math.sqrt(HEAD_DIM)
-        last = torch.arange(q.shape[2])[:, None] + (k.shape[2] - q.shape[2])
+    def __init__(self) -> None:
+        super().__init__()
+        self.wo = nn.Parameter(torch.randn(HEADS, HEAD_DIM, HIDDEN) / HIDDEN**0.5)
+
+    def forward(self, x: Tensor, past: Pair | None) -> tuple[Tensor, Pair]:
+        q, k, v = self.c_attn(x).split(HIDDEN, dim=2)
+        q, (k, v) = q.unflatten(2, (HEADS, HEAD_DIM)), (split_heads(part, HEADS) for part in (k, v))
+        if past is not None:
+            k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
+        scores = torch.einsum("bqhd,bhkd->bhqk", q, k) / math.sqrt(HEAD_DIM)
+        last = torch.arange(q.shape[1])[:, None] + (k.shape[2] - q.shape[1])
         seen = torch.arange(k.shape[2]) <= last
-        scores = scores + torch.where(seen, 0.0, -torch.inf)
-        out = torch.einsum("bhqk,bhkd->bqhd", scores.softmax(dim=-1), v)
-        return out.flatten(2)
+        weights = (scores + torch.where(seen, 0.0, -torch.inf)).softmax(dim=-1)
+        out = torch.einsum("bhqk,bhkd->bqhd", weights, v)
+        return torch.einsum("bqhd,hde->bqe", out, self.wo), (k, v)
 
 
 class FlexAttention(FusedAttention):
@@ -284,31 +292,48 @@ class TorchDecoder(nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class Style:
-    """``make`` a model; ``call(model, idx, pos, cache)`` gives logits and cache; ``pairs`` K, V."""
+    """How a kind of model is made, called and looked into.
+
+    ``call(model, idx, pos, cache)`` gives logits and cache; ``pairs(model, cache)`` each layer's K
+    and V; ``put(model, pairs)`` a cache that holds them; ``weight(block)`` is ``[E, H * D]``.
+    """
 
     make: Callable[[], nn.Module]
     call: Callable[[nn.Module, Tensor, Tensor, Any], tuple[Tensor, Any]]
     pairs: Callable[[nn.Module, Any], list[Pair]]
+    put: Callable[[nn.Module, list[Pair]], Any]
+    weight: Callable[[nn.Module], Tensor] = lambda block: block.attn.wo.weight
 
 
-def _pass_tuples(model: nn.Module, idx: Tensor, pos: Tensor, cache: Any) -> tuple[Tensor, Any]:
-    return model(idx, pos, cache)
+def _tuples(make: Callable[[], nn.Module], **options: Any) -> Style:
+    def call(model: nn.Module, idx: Tensor, pos: Tensor, cache: Any) -> tuple[Tensor, Any]:
+        return model(idx, pos, cache)
+
+    return Style(make, call, lambda model, cache: cache, lambda model, pairs: pairs, **options)
 
 
-def _pass_positions(model: nn.Module, idx: Tensor, pos: Tensor, cache: Any) -> tuple[Tensor, Any]:
-    return model(idx, pos), None
+def _attributes(cache: Callable[[], nn.Module]) -> Style:
+    def call(model: nn.Module, idx: Tensor, pos: Tensor, _: Any) -> tuple[Tensor, Any]:
+        return model(idx, input_pos=pos), None
 
+    def pairs(model: nn.Module, _: Any) -> list[Pair]:
+        return [(block.attn.kv_cache.k, block.attn.kv_cache.v) for block in model.layers]
 
-def _attributes(model: nn.Module, cache: Any) -> list[Pair]:
-    return [(block.attn.kv_cache.k, block.attn.kv_cache.v) for block in model.layers]
+    def put(model: nn.Module, pairs: list[Pair]) -> None:
+        for block, (k, v) in zip(model.layers, pairs, strict=True):
+            block.attn.kv_cache.k, block.attn.kv_cache.v = k, v
+
+    return Style(lambda: AttributeModel(cache), call, pairs, put)
 
 
 STYLES: dict[str, Style] = {
-    "nanogpt": Style(NanoGPT, _pass_tuples, lambda model, cache: cache),
-    "einsum": Style(lambda: NanoGPT(EinsumAttention), _pass_tuples, lambda model, cache: cache),
-    "flex": Style(lambda: NanoGPT(FlexAttention), _pass_tuples, lambda model, cache: cache),
-    "growing": Style(lambda: AttributeModel(GrowingCache), _pass_positions, _attributes),
-    "empty buffer": Style(lambda: AttributeModel(EmptyBufferCache), _pass_positions, _attributes),
+    "nanogpt": _tuples(NanoGPT),
+    "einsum": _tuples(
+        lambda: NanoGPT(EinsumAttention), weight=lambda block: block.attn.wo.flatten(0, 1).T
+    ),
+    "flex": _tuples(lambda: NanoGPT(FlexAttention)),
+    "growing attribute": _attributes(GrowingCache),
+    "empty buffer": _attributes(EmptyBufferCache),
 }
 STATIC = {"gpt-fast": IndexPutCache, "litgpt": IndexCopyCache, "torchtune": CountingCache}
 

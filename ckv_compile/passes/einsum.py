@@ -43,7 +43,9 @@ def spell_out_einsums(gm: GraphModule) -> None:
     """
     for node in list(gm.graph.nodes):
         read = _equation_of(node)
-        if read is None or not all(len(axes) == 4 for axes in (read[0].axes, read[1].axes, read[2])):
+        if read is None or not all(
+            len(axes) == 4 for axes in (read[0].axes, read[1].axes, read[2])
+        ):
             continue
         before = set(gm.graph.nodes)
         with gm.graph.inserting_before(node):

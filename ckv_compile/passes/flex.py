@@ -58,7 +58,7 @@ def _read_flex(gm: GraphModule, node: Node) -> Attention | Rejection:
     if 0 not in parts or len(parts) != len(node.users):
         return _unread(node, "its output is not taken alone")
     # A gate made of the log-sum-exp depends on every key, and would look like a foreign factor.
-    if any(user.op != "output" for i in parts if i != 0 for user in parts[i].users):
+    if any(_below(parts[i]) & _below(parts[0]) for i in parts if i != 0):
         return _unread(node, "its log-sum-exp is used")
     q_len, kv_len = ((vocab.shape_of(operand) or (0, 0, 0))[2] for operand in (query, key))
     # One query is at the end of all keys: what is hidden from it, and how it scores, cuts nothing.
@@ -83,6 +83,16 @@ def _read_flex(gm: GraphModule, node: Node) -> Attention | Rejection:
         scale=scale if score.factor == 1 else scale * score.factor,
         softcap=score.softcap,
     )
+
+
+def _below(node: Node) -> set[Node]:
+    """All that is computed from ``node``."""
+    found, todo = set(), [node]
+    while todo:
+        new = [user for user in todo.pop().users if user not in found and user.op != "output"]
+        found |= set(new)
+        todo += new
+    return found
 
 
 def _mods(gm: GraphModule, score_mod: Node, mask_mod: Node) -> tuple[_Score, _Seen] | str:
