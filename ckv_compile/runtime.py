@@ -207,7 +207,7 @@ class OptimizedForward:
         if cache is None and not self.config.budget.keeps_everything:  # type: ignore[union-attr]
             # Without a plan nobody knows what the graph itself makes of the budget.
             self.cuts |= tokens is None
-            self.cuts |= plan is not None and plan.capacity.shape[0] < tokens.shape[1]
+            self.cuts |= plan is not None and plan.capacity.shape[0] < plan.seen
         region.cuts = cache is None and self.cuts and not self.explains
         if region.cuts and region.counts_by_length:
             raise WrongPositionsError(COUNTS_BY_LENGTH)

@@ -34,7 +34,7 @@ class Reason(enum.Enum):
     PADDING_MASK = "use ckv_compile.optimize, which counts each row's tokens; or do not pad"
     UNCOUNTED_TOKENS = "none: the model caches tokens of its own beside those that it is given"
     POSITIONS = "pass the positions of new tokens in: a cut cache is shorter than what it has seen"
-    ATTENTION_UNREADABLE = 'load the model with attn_implementation="sdpa" where it has that'
+    ATTENTION_UNREADABLE = 'use scaled_dot_product_attention (attn_implementation="sdpa")'
     MASK_UNREADABLE = "use is_causal=True, or a mask that compares key and query positions"
 
 
