@@ -47,8 +47,9 @@ def criticalkv(
 
 
 COUNTS_BY_LENGTH = (
-    "the model takes positions from the length of its cache, which is not the number of tokens "
-    "once the cache is cut: pass the positions of new tokens to the model"
+    "the model takes a cut cache for a whole one: it takes positions from the cache's length, or "
+    "compares positions with slots of the cache in a mask. Pass the positions of new tokens in, "
+    "and make masks of the lengths of q and k; explain(model) names the layers"
 )
 
 

@@ -33,7 +33,10 @@ class Reason(enum.Enum):
     SHARED_CACHE = "none: two attentions read one cache, and each would evict its own choice"
     PADDING_MASK = "use ckv_compile.optimize, which counts each row's tokens; or do not pad"
     UNCOUNTED_TOKENS = "none: the model caches tokens of its own beside those that it is given"
-    POSITIONS = "pass the positions of new tokens in: a cut cache is shorter than what it has seen"
+    POSITIONS = (
+        "pass the positions of new tokens in, and make masks of the lengths of q and k: a cut "
+        "cache is shorter than what it has seen"
+    )
     ATTENTION_UNREADABLE = 'use scaled_dot_product_attention (attn_implementation="sdpa")'
     MASK_UNREADABLE = "use is_causal=True, or a mask that compares key and query positions"
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
+from pathlib import Path
 from unittest import mock
 
 import models
@@ -273,7 +277,7 @@ def test_positions_from_the_length_of_a_cut_cache_are_an_error(make, call):
     model = optimized(made(make), 0.5)
     assert len(counted_run(call, model, steps=1)) == 1
     model = optimized(made(make), 0.5)
-    with pytest.raises(WrongPositionsError, match="pass the positions of new tokens"):
+    with pytest.raises(WrongPositionsError, match="Pass the positions of new tokens"):
         counted_run(call, model, steps=2)
     # Not only where it was compiled: the next prompt must not be cut either.
     with pytest.raises(WrongPositionsError):
@@ -291,7 +295,7 @@ def test_the_bare_backend_warns_of_counted_positions(caplog):
     model = made(make)
     model.compile(backend="criticalkv", dynamic=True, options={"budget": 0.5, "lowering": "eager"})
     counted_run(call, model, steps=2)
-    assert "takes positions from the length of its cache" in caplog.text
+    assert "it takes positions from the cache's length" in caplog.text
 
 
 def test_the_report_of_a_decode_step_names_the_layer_that_counts():
@@ -301,3 +305,136 @@ def test_the_report_of_a_decode_step_names_the_layer_that_counts():
     report = ckv_compile.explain(model, prompt(1), past_kvs=cache)
     assert [row.reason for row in report.rejections] == ["POSITIONS"] * LAYERS
     assert report.rejections[0].site == "layers.0.attn"
+
+
+# --- other ways to look like a cache that can be cut
+
+
+class Attending(models.FusedAttention):
+    """What the class attribute ``keep`` makes of K and V goes into the cache."""
+
+    def forward(self, x, past):
+        q, k, v = (models.split_heads(p, models.HEADS) for p in self.c_attn(x).split(64, dim=2))
+        k, v, pair = self.keep(k, v, past)
+        return self.wo(self.attend(q, k, v)), pair
+
+
+def unrotated(self, k, v, past):
+    """Keys are rotated at each call anew, by their slots."""
+    if past is not None:
+        k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
+    return models.rotated(k, torch.arange(k.shape[2])), v, (k, v)
+
+
+def stacked(self, k, v, past):
+    if past is not None:
+        k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
+    pair = torch.stack([k, v])
+    return k, v, pair
+
+
+def copied(self, k, v, past):
+    """A static buffer without a write in place: the new one is as long as the old."""
+    at = torch.arange(k.shape[2])
+    empty = torch.zeros(1, models.HEADS, N, models.HEAD_DIM)
+    k, v = empty.index_copy(2, at, k), empty.index_copy(2, at, v)
+    return k, v, (k, v)
+
+
+def written(self, k, v, past):
+    held = torch.zeros(1, models.HEADS, N, models.HEAD_DIM), torch.zeros_like(v)
+    for one, new in zip(held, (k, v), strict=True):
+        one[:, :, :] = new
+    return *held, held
+
+
+def features_first(self, k, v, past):
+    k = k.transpose(2, 3).contiguous()
+    return k.transpose(2, 3), v, (k, v)
+
+
+def tokens_first(self, k, v, past):
+    k, v = k.transpose(1, 2).contiguous(), v.transpose(1, 2).contiguous()
+    return k.transpose(1, 2), v.transpose(1, 2), (k, v)
+
+
+def normed(self, k, v, past):
+    """What attention reads is no mere relayout of what is kept."""
+    return F.normalize(k, dim=-1) * 4, v, (k, v)
+
+
+def bounded(self, k, v, past):
+    return k, v, (k[:, :, -33:], v[:, :, -33:])
+
+
+KEEPS = {
+    "rotated by slots": (unrotated, "CACHE_NOT_FOUND"),
+    "stacked": (stacked, "CACHE_NOT_FOUND"),
+    "index_copy": (copied, "CACHE_NOT_FOUND"),
+    "written": (written, "CACHE_NOT_FOUND"),
+    "features first": (features_first, "KEY_AXES"),
+    "tokens first": (tokens_first, "KEY_AXES"),
+    "normed": (normed, "CACHE_NOT_FOUND"),
+    "bounded": (bounded, "SLIDING_WINDOW"),
+}
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize(("keep", "reason"), KEEPS.values(), ids=KEEPS)
+def test_caches_that_would_break_are_refused(keep, reason, dynamic):
+    """Sizes prove nothing: each of these is as long as the prompt is."""
+    attention = type("Attention", (Attending,), {"keep": keep})
+    ids, pos = prompt(N), torch.arange(N)
+    with torch.no_grad():
+        expected = made(lambda: models.NanoGPT(attention))(ids, pos)
+        model = made(lambda: models.NanoGPT(attention))
+        if dynamic:
+            with pytest.warns(UserWarning, match=reason):
+                got = optimized(model, 0.5)(ids, pos)
+        else:
+            model.compile(backend="criticalkv", options={"budget": 0.5, "lowering": "eager"})
+            got = model(ids, pos)
+    torch.testing.assert_close(got, expected)
+    found = ckv_compile.explain(made(lambda: models.NanoGPT(attention)), ids, pos)
+    assert [row.reason for row in found.rejections] == [reason] * LAYERS
+
+
+class ComparedMask(models.FusedAttention):
+    """Several tokens behind a cache: their positions are compared with its slots."""
+
+    def forward(self, x, past):
+        self.first = 0 if past is None else N
+        return super().forward(x, past)
+
+    def attend(self, q, k, v):
+        if q.shape[2] == k.shape[2] or q.shape[2] == 1:
+            return super().attend(q, k, v)
+        positions = torch.arange(q.shape[2]) + self.first
+        seen = torch.arange(k.shape[2]) <= positions[:, None]
+        return models.merge_heads(F.scaled_dot_product_attention(q, k, v, attn_mask=seen))
+
+
+@pytest.mark.parametrize("budget", [0.5, 1.0])
+def test_a_mask_of_positions_against_slots_is_an_error_behind_a_cut(budget):
+    """47 slots, positions 80 to 86: each new token would see those that follow it."""
+    ids, more, pos = prompt(N), prompt(7, seed=1), torch.arange(N, N + 7)
+    plain, model = (made(lambda: models.NanoGPT(ComparedMask)) for _ in range(2))
+    optimized(model, budget)
+    with torch.no_grad():
+        _, cache = model(ids, torch.arange(N))
+        if budget == 1.0:
+            _, expected = plain(ids, torch.arange(N))
+            got = model(more, pos, cache)[0]
+            torch.testing.assert_close(got, plain(more, pos, expected)[0])
+        else:
+            with pytest.raises(WrongPositionsError, match="compares positions with slots"):
+                model(more, pos, cache)
+
+
+def test_the_readme_example_prints_what_it_says(tmp_path):
+    text = (Path(ckv_compile.__file__).parents[1] / "README.md").read_text()
+    (block,) = (b for b in re.findall(r"```python\n(.*?)```", text, re.S) if "class Model" in b)
+    script = tmp_path / "example.py"
+    script.write_text(block.replace("budget=0.25", 'budget=0.25, lowering="eager"'))
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [str(100 + i) for i in range(8)]

@@ -115,9 +115,12 @@ def _arange(node: Node, shape: tuple[Any, ...]) -> Index | None:
 def _tril(node: Node, shape: tuple[Any, ...], seen: dict[Node, Index | Mask | None]) -> Mask | None:
     inner = _read(node.args[0], seen)
     plain = isinstance(inner, Mask) and names_of(inner.layout) == ("",) * len(shape)
-    if not plain or vocab.argument(node, 1, "diagonal", 0) != 0 or len(shape) < 2:
+    shift = vocab.argument(node, 1, "diagonal", 0)
+    shift = vocab.value_of(shift) if isinstance(shift, Node) else shift
+    if not plain or not isinstance(shift, (int, torch.SymInt)) or len(shape) < 2:
         return None
-    return Mask(((),) * (len(shape) - 2) + labelled("QK", shape[-2:]), is_causal=True)
+    layout = ((),) * (len(shape) - 2) + labelled("QK", shape[-2:])
+    return Mask(layout, is_causal=True, shift=shift)
 
 
 def _shifted(node: Node, seen: dict[Node, Index | Mask | None]) -> Index | None:

@@ -315,6 +315,9 @@ def _checked_cache(
     if outputs and _is_written(node):
         detail = f"{node.name} is written in place"
         raise _Refused(operand, Reason.CACHE_NOT_FOUND, detail)
+    if outputs and vocab.is_update(node):
+        detail = f"{node.name} is a buffer of {shape[2]} slots with some of them replaced"
+        raise _Refused(operand, Reason.CACHE_NOT_FOUND, detail)
     layout = follow(labelled("BhKD", shape), path)
     names = None if layout is None else names_of(layout)
     batch, heads, kv_len, head_dim = names_of(labelled("BhKD", shape))

@@ -16,15 +16,17 @@ from torch.fx.experimental.symbolic_shapes import free_symbols
 
 from ..site import AttentionSite, Reason, Rejection
 from . import vocabulary as vocab
+from .masks import read_mask
 
 
 def without_counting_caches(
     sites: Sequence[AttentionSite], rejections: Sequence[Rejection]
 ) -> tuple[tuple[AttentionSite, ...], tuple[Rejection, ...]]:
-    """Reject later calls whose query or key is made of a number that is the cache's length.
+    """Reject later calls that would be wrong behind a cut cache.
 
-    Masks are made of it rightly: they say which of the entries that are there may be seen. So the
-    search ends at every attention. A length that is no symbol cannot be told from a constant.
+    Their query or key is made of a number that is the cache's length; or their mask is not made of
+    it. Masks rightly are: they say which of the entries that are there may be seen. So the search
+    ends at every attention. A length that is no symbol cannot be told from a constant.
     """
     left: list[AttentionSite] = []
     lengths: set[Any] = set()  # of all caches: positions are often taken from the first layer's
@@ -33,14 +35,34 @@ def without_counting_caches(
             lengths |= free_symbols(site.kv_len) - free_symbols(site.q_len)
     for site in sites:
         node = _made_of(lengths, site) if lengths and _can_shrink(site) else None
-        if node is None:
+        mask = _unaligned(site)
+        if node is not None:
+            detail = f"{node.name} is made of the length of a cache such as {site.cache_key.name}"
+            rejections = (*rejections, Rejection(node, Reason.POSITIONS, detail, site.name))
+        elif mask:
+            assert site.attn_mask is not None
+            rejections = (
+                *rejections, Rejection(site.attn_mask, Reason.POSITIONS, mask, site.name)
+            )  # fmt: skip
+        else:
             left.append(site)
-            continue
-        detail = f"{node.name} takes positions from the length of the cache {site.cache_key.name}"
-        rejections = (*rejections, Rejection(node, Reason.POSITIONS, detail, site.name))
     # Numbered anew, as their eviction nodes are.
     again = (dataclasses.replace(site, index=i) for i, site in enumerate(left))
     return tuple(again), tuple(rejections)
+
+
+def _unaligned(site: AttentionSite) -> str:
+    """What is wrong with the mask of several tokens behind a cache; empty for nothing.
+
+    Positions of tokens compared with slots of the cache let a token see those that follow it, once
+    the cache has fewer slots than there were tokens before it.
+    """
+    if site.phase != "continuation" or not site.key_outputs or site.attn_mask is None:
+        return ""
+    value = vocab.value_of(site.attn_mask)
+    additive = isinstance(value, torch.Tensor) and value.dtype != torch.bool
+    mask = read_mask(site.attn_mask, site.q_len, site.kv_len, additive=additive)
+    return f"several tokens behind a cache: {mask}" if isinstance(mask, str) else ""
 
 
 def _can_shrink(site: AttentionSite) -> bool:

@@ -25,6 +25,7 @@ _KEEP = {"contiguous", "clone", "to", "type_as", "float", "double", "half", "bfl
 _REGROUP = {"view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze", "view_as"}
 _CASTS = {"to", "bool", "type", "contiguous", "clone"}
 _CONSTANTS = {"zeros", "ones", "empty", "new_zeros", "new_ones", "new_empty"}
+_UPDATES = {"index_copy", "index_put", "scatter", "slice_scatter", "select_scatter"}
 _CLOSED = {
     "multi_head_attention_forward",
     "_native_multi_head_attention",
@@ -327,6 +328,11 @@ def is_in_place(node: Node) -> bool:
     augmented = node.target in (operator.iadd, operator.imul, operator.isub, operator.itruediv)
     written = name.endswith("_") and not name.endswith("__") and name not in ("and_", "or_")
     return augmented or written or name == "setitem"
+
+
+def is_update(node: Node) -> bool:
+    """A copy of a tensor with some of its entries replaced: as long as before."""
+    return name_of(node) in _UPDATES
 
 
 def is_all_true(node: Node) -> bool:
