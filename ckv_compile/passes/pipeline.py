@@ -50,7 +50,8 @@ def rewrite(
         cut=phase_of(capacity),
     )
     sites, rejections = without_uncounted(sites, rejections, capacity, counted)
-    if not counted:
+    # Our own caches know how many tokens they have seen.
+    if not counted and not (capacity is not None and capacity.strict):
         sites, rejections = without_counting_caches(sites, rejections)
     before = vocab.outputs_of(gm)
     inserted = insert_eviction(gm, sites, config, capacity)
