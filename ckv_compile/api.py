@@ -87,7 +87,7 @@ def explain(
         config = optimized.config if optimized else EvictionConfig()
     config = dataclasses.replace(config, lowering="eager")
     # What optimize would put in front of the model, so that masks and caches are read alike.
-    traced = OptimizedForward(model, config, Region(model, config))
+    traced = OptimizedForward(model, config, Region(model, config), explains=True)
     with torch.no_grad():
         traced.run(*args, **inputs)
     return traced.report

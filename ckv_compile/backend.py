@@ -18,7 +18,7 @@ from .passes.insert import row_bytes
 from .passes.match import dotted, example_inputs_require_grad
 from .passes.pipeline import Rewritten, rewrite
 from .report import Report, Traced, report_of
-from .site import AttentionSite
+from .site import AttentionSite, Reason
 
 log = logging.getLogger("ckv_compile")
 
@@ -39,9 +39,23 @@ def criticalkv(
     """
     config = EvictionConfig.from_options(options)
     compiled, report = compile_graph(gm, example_inputs, config)
+    if counts_by_length(report) and not config.budget.keeps_everything:  # type: ignore[union-attr]
+        log.warning("%s", COUNTS_BY_LENGTH)
     if "budget" not in (options or {}) and report.evicted:
         log_default_budget()
     return compiled
+
+
+COUNTS_BY_LENGTH = (
+    "the model takes a cut cache for a whole one: it takes positions from the cache's length, or "
+    "compares positions with slots of the cache in a mask. Pass the positions of new tokens in, "
+    "and make masks of the lengths of q and k; explain(model) names the layers"
+)
+
+
+def counts_by_length(report: Report) -> bool:
+    """Whether tokens that follow a cut would stand in wrong places."""
+    return any(row.reason == Reason.POSITIONS.name for row in report.rejections)
 
 
 def log_default_budget() -> None:

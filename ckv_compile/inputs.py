@@ -102,8 +102,34 @@ def mark_dynamic(tokens: Tensor | None, kwargs: dict[str, Any]) -> None:
                 if value.dim() == 4:  # a ready-made mask [B, 1, Q, K]
                     varies(value, 2)
                     varies(value, 3)
+            elif value.dim() == 1 and tokens is not None and len(value) == tokens.shape[1]:
+                varies(value, 0)  # positions, whatever their name
         else:
             _mark_cache(value)
+
+
+def mark_attributes(model: nn.Module, lengths: set[int]) -> None:
+    """Tell Dynamo that the caches which a model keeps in its attributes grow, before they do.
+
+    Without it the first token would be compiled for one length, and take positions of that length
+    for constants.
+
+    Args:
+        lengths: those that a call leaves in a cache.
+    """
+    for module in model.modules():
+        _mark_held(list(vars(module).values()), lengths)
+
+
+def _mark_held(value: Any, lengths: set[int]) -> None:
+    if isinstance(value, Tensor):
+        if value.dim() == 4 and value.shape[2] in lengths:
+            varies(value, 2)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            _mark_held(item, lengths)
+    elif isinstance(value, dict):
+        _mark_held(list(value.values()), lengths)
 
 
 def _mark_cache(value: Any) -> None:

@@ -11,7 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .backend import Compiled, compile_graph, log_default_budget
+from .backend import (
+    COUNTS_BY_LENGTH,
+    Compiled,
+    compile_graph,
+    counts_by_length,
+    log_default_budget,
+)
 from .config import CacheBytes, EvictionConfig
 from .inputs import (
     MASKS,
@@ -19,6 +25,7 @@ from .inputs import (
     cache_room,
     first_two,
     is_contiguous,
+    mark_attributes,
     mark_dynamic,
     prepare_mask,
     tokens_of,
@@ -32,6 +39,10 @@ from .report import NOTHING_MATCHED, Report, merged
 _RECOMPILE_LIMIT = 32
 
 
+class WrongPositionsError(RuntimeError):
+    """The model counts its tokens by the length of a cache that is cut."""
+
+
 class Region:
     """One model under ``torch.compile``, and the reports of the graphs it was compiled to."""
 
@@ -42,6 +53,8 @@ class Region:
         self.reports: list[Report] = []
         # Whether a running call's cache counts tokens: then only counted sites may be cut.
         self.counted = False
+        # Whether a plain cache has been cut, and whether the model takes positions from its length.
+        self.cuts = self.counts_by_length = False
 
         def backend(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Compiled:
             compiled, report = compile_graph(
@@ -50,6 +63,9 @@ class Region:
             if default_budget and report.evicted and not self.reports:
                 log_default_budget()
             self.reports.append(report)
+            self.counts_by_length |= counts_by_length(report)
+            if self.cuts and self.counts_by_length:
+                raise WrongPositionsError(COUNTS_BY_LENGTH)
             return compiled
 
         self.call = torch.compile(_region(model), backend=backend, recompile_limit=_RECOMPILE_LIMIT)
@@ -82,8 +98,12 @@ class OptimizedForward:
     and pickles of the model leave it behind.
     """
 
-    def __init__(self, model: nn.Module, config: EvictionConfig, region: Region) -> None:
+    def __init__(
+        self, model: nn.Module, config: EvictionConfig, region: Region, *, explains: bool = False
+    ) -> None:
         self.model, self.config, self.region = model, config, region
+        self.explains = explains  # what a real call would be refused for is in the report
+        self.cuts = False  # whether a plain cache may have been cut by now
         self.warned: set[str] = set()
         # Of the last call's batch, for the report of a budget in bytes.
         self.size: CacheBytes | None = None
@@ -184,10 +204,25 @@ class OptimizedForward:
         mark_dynamic(tokens, kwargs)
         if cache is not None:
             cache_room().announce(cache, plan)
+        region = self.region
+        region.counted = cache is not None
+        if cache is None and not self.config.budget.keeps_everything:  # type: ignore[union-attr]
+            # Without a plan nobody knows what the graph itself makes of the budget.
+            self.cuts |= tokens is None
+            self.cuts |= plan is not None and plan.capacity.shape[0] < plan.seen
+        region.cuts = cache is None and self.cuts and not self.explains
+        if region.cuts and region.counts_by_length:
+            raise WrongPositionsError(COUNTS_BY_LENGTH)
         try:
-            self.region.counted = cache is not None
             with _compile_settings():
-                return self.region.call(plan, args, kwargs), plan
+                result = region.call(plan, args, kwargs)
+            if cache is None and plan is not None:
+                mark_attributes(self.model, {plan.capacity.shape[0], plan.seen})
+            return result, plan
+        except torch._dynamo.exc.BackendCompilerFailed as error:
+            if isinstance(error.inner_exception, WrongPositionsError):
+                raise error.inner_exception from None
+            raise
         except torch._dynamo.exc.FailOnRecompileLimitHit:
             self._warn_once(
                 "limit",
@@ -312,5 +347,7 @@ def _compile_settings() -> Iterator[None]:
         shape_config.patch(use_duck_shape=False),
         # Past the limit Dynamo runs eager without a word, that is, it stops evicting.
         torch._dynamo.config.patch(fail_on_recompile_limit_hit=True),
+        # A cache in a registered buffer grows; by default each length would be compiled anew.
+        torch._dynamo.config.patch(force_parameter_static_shapes=False),
     ):
         yield

@@ -40,7 +40,11 @@ class Reason(enum.Enum):
     SHARED_CACHE = "none: two attentions read one cache, and each would evict its own choice"
     PADDING_MASK = "use ckv_compile.optimize, which counts each row's tokens; or do not pad"
     UNCOUNTED_TOKENS = "none: the model caches tokens of its own beside those that it is given"
-    ATTENTION_UNREADABLE = 'load the model with attn_implementation="sdpa" where it has that'
+    POSITIONS = (
+        "pass the positions of new tokens in, and make masks of the lengths of q and k: a cut "
+        "cache is shorter than what it has seen"
+    )
+    ATTENTION_UNREADABLE = 'use scaled_dot_product_attention (attn_implementation="sdpa")'
     MASK_UNREADABLE = "use is_causal=True, or a mask that compares key and query positions"
     BIAS_UNREADABLE = "compute the bias from positions and parameters alone"
 
@@ -63,13 +67,15 @@ class Rejection:
 class Matrix:
     """``node`` multiplies by ``weight``, ``[out, in]``, or ``[in, out]`` if ``in_out``.
 
-    ``opaque``: the weight is quantised, and only that op can read it.
+    ``opaque``: the weight is quantised, and only that op can read it. ``axes``: the order in which
+    a weight of three axes is ``[H, D, E]``.
     """
 
     node: Node
     weight: Node
     in_out: bool
     opaque: bool = False
+    axes: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

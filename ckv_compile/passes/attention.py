@@ -315,6 +315,19 @@ def _of_four(node: Any, *, downwards: bool = False) -> Any:
     return node
 
 
+def soft_cap_of(node: Node) -> tuple[Node, Node | float, Node | float | None] | None:
+    """``(x, scale, cap)`` if ``node`` is ``cap * tanh(scale * x / cap)``, or ``scale * x``."""
+    inner, factors = _factors(node)
+    softcap = None
+    if isinstance(inner, Node) and vocab.name_of(inner) == "tanh":
+        softcap = _product(factors)
+        inner, factors = _factors(inner.args[0])
+        if softcap is None or not factors or not _inverse(factors.pop(0), softcap):
+            return None
+    scale = _product(factors)
+    return None if scale is None or not isinstance(inner, Node) else (inner, scale, softcap)
+
+
 # A factor: a number, or a scalar node and whether it divides.
 _Factor = float | tuple[Node, bool]
 

@@ -141,7 +141,8 @@ def without_uncounted(
     """Reject sites whose tokens, or whose rows' tokens, nobody has counted.
 
     A cache that does not follow its rows would show pads to later tokens, and one that counts other
-    tokens than the caller would give later ones wrong positions: wrong, silently.
+    tokens than the caller would give later ones wrong positions: wrong, silently. A static buffer
+    cannot shrink at all.
     """
     rows = capacity or Capacity(None, None, strict=counted)
     left: list[AttentionSite] = []
@@ -156,6 +157,10 @@ def without_uncounted(
             reason = Reason.UNCOUNTED_TOKENS
             came_in = vocab.shape_of(rows.tokens) or "others"
             detail = f"{site.q_len} tokens are cached where {came_in} came in"
+        elif site.phase == "continuation" and not site.key_outputs and not rows.strict:
+            # Our own caches are strict. Of others nobody knows how much of the buffer is filled.
+            reason = Reason.CACHE_NOT_FOUND
+            detail = f"{site.cache_key.name} is a buffer of {site.kv_len} slots, written in place"
         elif cut and not rows.counts_rows_of(site):
             reason = Reason.PADDING_MASK
             detail = (

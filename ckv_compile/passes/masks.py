@@ -197,9 +197,12 @@ def _tril(node: Node, shape: tuple[Any, ...], seen: dict[Node, Index | Mask | No
     inner = _read(node.args[0], seen)
     if not isinstance(inner, Mask) or inner.form != "seen" or any(inner.layout):
         return None
-    if vocab.argument(node, 1, "diagonal", 0) != 0 or len(shape) < 2:
+    shift = vocab.argument(node, 1, "diagonal", 0)
+    shift = vocab.value_of(shift) if isinstance(shift, Node) else shift
+    if not isinstance(shift, (int, torch.SymInt)) or len(shape) < 2:
         return None
-    return Mask(((),) * (len(shape) - 2) + labelled("QK", shape[-2:]), is_causal=True)
+    layout = ((),) * (len(shape) - 2) + labelled("QK", shape[-2:])
+    return Mask(layout, is_causal=True, shift=shift)
 
 
 def _shifted(node: Node, seen: dict[Node, Index | Mask | None]) -> Index | None:

@@ -11,7 +11,8 @@ from torch.fx import GraphModule, Node
 
 from ..site import AttentionSite, Bias, Phase, Reason, Rejection
 from . import vocabulary as vocab
-from .attention import Attention, find_attentions
+from .anchors import anchor_of, find_anchors
+from .attention import Attention
 from .axes import chain_above, follow, labelled, names_of, text_of, upstream
 from .bias import wrong_with
 from .latent import sources_of
@@ -59,8 +60,8 @@ def match_sites(
     """
     sites: list[AttentionSite] = []
     rejections: list[Rejection] = []
-    for found in find_attentions(gm):
-        node = found.node if isinstance(found, Rejection) else found.anchor
+    for found in find_anchors(gm):
+        node = anchor_of(found)
         name = module_path_of(node)
         try:
             if training:
@@ -209,8 +210,11 @@ def _latent(node: Node, returned: tuple[Any, ...]) -> _Cached:
 def _is_buffer(root: Node) -> bool:
     """Whether ``root`` is, or is a slice of, a tensor that is written in place."""
     source = root.args[0] if root.args else None
-    sliced = isinstance(source, Node) and vocab.is_slice_of(root, source)
-    return _is_written(source if sliced else root)
+    if not isinstance(source, Node):
+        return _is_written(root)
+    if vocab.is_in_place(root) and chain_above(source)[-1].op in ("placeholder", "get_attr"):
+        return True  # index_copy_ gives the buffer back
+    return _is_written(source if vocab.is_slice_of(root, source) else root)
 
 
 def _cached(gm: GraphModule, operand: Node, axes: Reason) -> _Cached:
@@ -245,6 +249,9 @@ def _checked_cache(
     # The eviction node would copy what was there before, or after: it cannot know.
     if outputs and _is_written(node):
         detail = f"{node.name} is written in place"
+        raise _Refused(operand, Reason.CACHE_NOT_FOUND, detail)
+    if outputs and vocab.is_update(node):
+        detail = f"{node.name} is a buffer of {shape[2]} slots with some of them replaced"
         raise _Refused(operand, Reason.CACHE_NOT_FOUND, detail)
     layout = follow(labelled("BhKD", shape), path)
     names = None if layout is None else names_of(layout)

@@ -10,9 +10,11 @@ from ..config import EvictionConfig
 from ..site import AttentionSite, Rejection
 from . import vocabulary as vocab
 from .bias import place_biases
+from .einsum import spell_out_einsums
 from .fold import fold_groups
 from .insert import Inserted, insert_eviction, phase_of, take_capacity, without_uncounted
 from .match import match_sites
+from .positions import without_counting_caches
 from .verify import verify
 
 
@@ -40,6 +42,8 @@ def rewrite(
     """
     # The budget may come as an input of the graph; its marker must go before anything else reads.
     capacity = take_capacity(gm)
+    # The readers know products as matmuls alone.
+    spell_out_einsums(gm)
     place_biases(gm)
     sites, rejections = match_sites(
         gm,
@@ -51,6 +55,9 @@ def rewrite(
         projected=config.reads_projection,
     )
     sites, rejections = without_uncounted(sites, rejections, capacity, counted)
+    # Our own caches know how many tokens they have seen.
+    if not counted and not (capacity is not None and capacity.strict):
+        sites, rejections = without_counting_caches(sites, rejections)
     before = vocab.outputs_of(gm)
     inserted = insert_eviction(gm, sites, config, capacity)
     folded = fold_groups(gm, sites) if config.rewrite_gqa else ()

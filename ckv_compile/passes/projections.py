@@ -19,6 +19,7 @@ from torch.fx import Graph, Node
 from ..site import Branch, Matrix, Projection, Reason, Rejection
 from . import vocabulary as vocab
 from .axes import Layout, labelled, names_of, text_of, through
+from .einsum import Contraction, contraction_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +104,9 @@ def _behind_op(node: Node, read: Mapping[Node, _Form]) -> _Form | Rejection:
     if len(read) > 1:
         return Rejection(node, Reason.OUTPUT_OP, unread)
     ((source, form),) = read.items()
+    contraction = contraction_of(node, source)
+    if contraction is not None:
+        return _contracted(node, form, contraction)
     matrix = _matrix_of(node, source)
     if matrix is not None:
         return matrix if isinstance(matrix, Rejection) else _times(form, matrix)
@@ -184,6 +188,25 @@ def _times(form: _Form, matrix: Matrix) -> _Form | Rejection:
     return _Form(layout, names_of((out,))[0], terms, form.gates)
 
 
+def _contracted(node: Node, form: _Form, found: Contraction) -> _Form | Rejection:
+    """A projection that is an einsum: it sums over the axis ``H*D``, or over both axes H and D."""
+    names = names_of(form.layout)
+    summed = {names[axis]: other for axis, other in found.met.items()}
+    if set(summed) == {form.features}:
+        matrix = Matrix(node, found.weight, in_out=found.free == 1)
+    elif len(summed) == 2 and set(summed) == set(form.features) and not form.projected:
+        first, second = (summed[name] for name in form.features)
+        matrix = Matrix(node, found.weight, in_out=True, axes=(first, second, found.free))
+    else:
+        detail = f"the projection {node.args[0]!r} reads {text_of(form.layout)}, not all of H and D"
+        return Rejection(node, Reason.OUTPUT_AXES, detail)
+    at = found.order.index(None)
+    (out,) = labelled("E", (vocab.shape_of(node) or ())[at : at + 1])
+    layout = tuple(out if axis is None else form.layout[axis] for axis in found.order)
+    terms = tuple(dataclasses.replace(t, matrices=(*t.matrices, matrix)) for t in form.terms)
+    return _Form(layout, names_of((out,))[0], terms, form.gates)
+
+
 def _projection(node: Node, form: _Form, fork: str) -> Projection | Rejection:
     """One of the branches is the projection, the others are added to it."""
     bases = [term for term in form.terms if len(term.matrices) == 1 and not term.factors]
@@ -225,7 +248,7 @@ def insert_weight(graph: Graph, projection: Projection) -> tuple[Node, tuple[Any
     kept, the numbers would take the memory that quantising them has saved.
     """
     base = projection.matrix
-    weight = _insert_matrix(graph, base) if base.opaque else base.weight
+    weight = _insert_matrix(graph, base) if base.opaque or base.axes else base.weight
     adapters = tuple(
         (tuple(_insert_matrix(graph, matrix) for matrix in branch.matrices), branch.factors)
         for branch in projection.adapters
@@ -235,6 +258,12 @@ def insert_weight(graph: Graph, projection: Projection) -> tuple[Node, tuple[Any
 
 def _insert_matrix(graph: Graph, matrix: Matrix) -> Node:
     """``[in, out]``"""
+    if matrix.axes:
+        permuted = graph.call_method("permute", (matrix.weight, *matrix.axes))
+        vocab.annotate(permuted, torch.Tensor.permute, like=matrix.node)
+        flat = graph.call_method("flatten", (permuted, 0, 1))
+        vocab.annotate(flat, torch.Tensor.flatten, like=matrix.node)
+        return flat
     if not matrix.opaque and matrix.in_out:
         return matrix.weight
     if matrix.opaque:

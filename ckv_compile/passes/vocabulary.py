@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._higher_order_ops.flex_attention import flex_attention
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
@@ -25,6 +26,13 @@ LayoutKind = Literal["keep", "permute", "regroup", "expand", "interleave"]
 _KEEP = {"contiguous", "clone", "to", "type_as", "float", "double", "half", "bfloat16", "detach"}
 _REGROUP = {"view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze", "view_as"}
 _CASTS = {"to", "bool", "type", "contiguous", "clone"}
+_CONSTANTS = {"zeros", "ones", "empty", "new_zeros", "new_ones", "new_empty"}
+_UPDATES = {"index_copy", "index_put", "scatter", "slice_scatter", "select_scatter"}
+_CLOSED = {
+    "multi_head_attention_forward",
+    "_native_multi_head_attention",
+    "_transformer_encoder_layer_fwd",
+}
 _AND = {"and_", "__and__", "iand", "__iand__", "bitwise_and", "logical_and"}
 _LESS_EQUAL = {"le", "__le__", "less_equal"}
 _GREATER_EQUAL = {"ge", "__ge__", "greater_equal"}
@@ -122,6 +130,25 @@ def is_sdpa(node: Node) -> bool:
     )
 
 
+def is_flex(node: Node) -> bool:
+    return node.target is flex_attention
+
+
+def is_closed_attention(node: Node) -> bool:
+    """One op for the whole layer, projections included: ``nn.MultiheadAttention`` and the like."""
+    return node.op == "call_function" and name_of(node) in _CLOSED
+
+
+def is_attention(node: Node) -> bool:
+    """An attention, or the softmax in the middle of one."""
+    return is_sdpa(node) or is_softmax(node) or is_flex(node) or is_closed_attention(node)
+
+
+def only_sizes(node: Node) -> bool:
+    """Whether the numbers among the arguments of ``node`` are sizes of its result and no more."""
+    return layout_op_of(node) is not None or name_of(node) in _CONSTANTS
+
+
 def is_softmax(node: Node) -> bool:
     return name_of(node) in ("softmax", "_softmax") and node.op in ("call_function", "call_method")
 
@@ -132,6 +159,19 @@ def softmax_dim(node: Node) -> Any:
 
 def is_matmul(node: object) -> bool:
     return isinstance(node, Node) and name_of(node) in ("matmul", "__matmul__", "bmm")
+
+
+def einsum_of(node: Node) -> tuple[str, Node, Node] | None:
+    """The equation and the operands of an einsum over two tensors with a written result."""
+    if node.op != "call_function" or name_of(node) != "einsum" or node.kwargs:
+        return None
+    text, *operands = node.args
+    if len(operands) == 1 and isinstance(operands[0], (tuple, list)):
+        operands = list(operands[0])
+    if not isinstance(text, str) or "->" not in text or len(operands) != 2:
+        return None
+    nodes = [one for one in operands if shape_of(one) is not None]
+    return (text, nodes[0], nodes[1]) if len(nodes) == 2 else None
 
 
 def scaling_of(node: Node) -> tuple[Any, Any, bool] | None:
@@ -391,6 +431,11 @@ def is_in_place(node: Node) -> bool:
     augmented = node.target in (operator.iadd, operator.imul, operator.isub, operator.itruediv)
     written = name.endswith("_") and not name.endswith("__") and name not in ("and_", "or_")
     return augmented or written or name == "setitem"
+
+
+def is_update(node: Node) -> bool:
+    """A copy of a tensor with some of its entries replaced: as long as before."""
+    return name_of(node) in _UPDATES
 
 
 def is_all_true(node: Node) -> bool:

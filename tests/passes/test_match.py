@@ -323,16 +323,11 @@ def test_output_that_is_not_projected_head_by_head_is_refused(fn, args, reason):
     assert only_reason(fn, *args) is reason
 
 
-def einsum_project(o, w):
-    return torch.einsum("bhqd,hdo->bqo", o, w.view(HEADS, HEAD_DIM, HIDDEN))
-
-
 def forked(x, w):
     return F.linear(x, w) + x
 
 
 PROJECTED = {
-    "einsum": (attention(merge=lambda o: o, project=einsum_project), Reason.OUTPUT_OP),
     "forked": (attention(project=forked), Reason.OUTPUT_FORKS),
     "none": (attention(project=lambda x, w: x), Reason.NO_PROJECTION),
 }
