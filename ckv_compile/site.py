@@ -33,6 +33,12 @@ class Reason(enum.Enum):
     SHARED_CACHE = "none: two attentions read one cache, and each would evict its own choice"
     PADDING_MASK = "use ckv_compile.optimize, which counts each row's tokens; or do not pad"
     UNCOUNTED_TOKENS = "none: the model caches tokens of its own beside those that it is given"
+    WRITTEN_IN_PLACE = "export a model without in-place ops, or call run_decompositions({}) first"
+    NESTED_GRAPH = (
+        "export the whole call under torch.no_grad(), with no set_grad_enabled, autocast or control "
+        "flow around the attention"
+    )
+    DECOMPOSED = "optimise the program that torch.export made, and decompose the optimised one"
     ATTENTION_UNREADABLE = 'load the model with attn_implementation="sdpa" where it has that'
     MASK_UNREADABLE = "use is_causal=True, or a mask that compares key and query positions"
 

@@ -19,7 +19,24 @@ from ckv_compile.site import Reason
 
 
 def match(fn, *args, dynamic=False, **flags):
-    return match_sites(captured(fn, *args, dynamic=dynamic), **flags)
+    """The sites and rejections of Dynamo's graph; torch.export's must be read alike."""
+    found = match_sites(captured(fn, *args, dynamic=dynamic), **flags)
+    program = capture.exported(fn, *args, dynamic=dynamic)
+    assert facts(match_sites(program.graph_module, **flags)) == facts(found)
+    return found
+
+
+def facts(found):
+    """What is known of each attention, whatever the dialect calls its nodes."""
+    sites, rejections = found
+    names = (
+        "index is_causal scale softcap key_outputs value_outputs num_attention_heads phase "
+        "num_key_value_heads head_dim value_head_dim mask_kind padding_offset latent"
+    ).split()
+    return [
+        [*(getattr(site, name) for name in names), site.projection.in_out, site.projection.gated]
+        for site in sites
+    ], [rejection.reason for rejection in rejections]
 
 
 def only_site(fn, *args, **flags):
