@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,27 +20,14 @@ if TYPE_CHECKING:
     from .cache import EvictedCache
 
 
+Model = TypeVar("Model", bound=nn.Module | ExportedProgram)
 # What only a running model has: an exported program is one graph, lowered elsewhere.
 _NOT_FOR_PROGRAMS = ("later_turns", "rewrite_gqa", "lowering", "mode")
 
 
-@overload
 def optimize(
-    model: nn.Module, budget: float | int | str | Budget | None = None, **options: Any
-) -> nn.Module: ...
-
-
-@overload
-def optimize(
-    model: ExportedProgram, budget: float | int | str | Budget | None = None, **options: Any
-) -> ExportedProgram: ...
-
-
-def optimize(
-    model: nn.Module | ExportedProgram,
-    budget: float | int | str | Budget | None = None,
-    **options: Any,
-) -> nn.Module | ExportedProgram:
+    model: Model, budget: float | int | str | Budget | None = None, **options: Any
+) -> Model:
     """Compile ``model`` in place so that every prefill leaves a cache cut to ``budget``.
 
     ``model(...)`` and ``model.generate(...)`` then run the compiled forward. Another call with
@@ -71,7 +58,7 @@ def optimize(
             if name in options:
                 raise ValueError(
                     f"{name}={options[name]!r} is for a model that runs; an ExportedProgram takes "
-                    f"neither of {', '.join(_NOT_FOR_PROGRAMS)}"
+                    f"none of {', '.join(_NOT_FOR_PROGRAMS)}"
                 )
         program, report = optimize_program(model, config)
         if budget is None and report.evicted:
@@ -115,7 +102,7 @@ def explain(
     """
     if isinstance(model, ExportedProgram):
         if args or inputs:
-            raise ValueError("explain takes no inputs for an ExportedProgram: its graph says it all")
+            raise ValueError("explain takes no inputs for an ExportedProgram, which is one graph")
         return explain_program(model, config or EvictionConfig())
     optimized = _optimized(model)
     if not args and not inputs:

@@ -147,7 +147,7 @@ def source_digest() -> str:
 def report_of_graph(
     rewritten: Rewritten, config: EvictionConfig, names: Mapping[str, str] | None = None
 ) -> Report:
-    """What was found in one graph, for people; ``names``: a parameter's path by its input's name."""
+    """What was found in one graph, for people; ``names``: parameters' paths by their inputs."""
     folded = {site.index for site in rewritten.folded}
     evictions = {one.site.index: one for one in rewritten.inserted}
 

@@ -6,11 +6,13 @@ counted.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
+import itertools
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import ExportGraphSignature, OutputKind, TensorArgument
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import _ShapeEnvGuardError
 from torch.fx.node import map_arg
 
 from .backend import report_of_graph
@@ -67,18 +70,28 @@ def _rewritten(
     """A copy of the program's graph with eviction nodes, and what was found in it."""
     if any(vocab.is_ours(node) for node in program.graph.nodes):
         raise ValueError("the program is optimised already; give the one that torch.export made")
-    gm = copy.deepcopy(program.graph_module)
+    gm = _copied(program.graph_module)
     training = any(vocab.is_training_dropout(node) for node in gm.graph.nodes)
     sites, rejections = match_sites(gm, training=training)
     sites, refused = _refused(program, gm, sites)
     before = vocab.outputs_of(gm)
-    inserted = insert_eviction(gm, sites, config)
+    with _every_length(gm):
+        inserted = insert_eviction(gm, sites, config)
     verify(gm, before, inserted)
     rejections = (*rejections, *refused)
     found = Rewritten(sites, _with_unreachable(gm, sites, rejections), inserted)
     signature = program.graph_signature
     names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     return gm, found, report_of_graph(found, config, names)
+
+
+def _copied(gm: GraphModule) -> GraphModule:
+    """A deep copy whose nodes have the same names: a signature speaks of nodes by name."""
+    new = copy.deepcopy(gm)
+    for old, node in zip(gm.graph.nodes, new.graph.nodes, strict=True):
+        node.name = old.name  # an input called "input" would have become "input_1"
+    new.recompile()
+    return new
 
 
 def _refused(
@@ -108,11 +121,12 @@ def _reason(
         if kinds[i] is not OutputKind.USER_OUTPUT:
             detail = f"output {i} updates a {kinds[i].name.split('_')[0].lower()}, whose size stays"
             return Reason.CACHE_NOT_FOUND, detail
-    # What a mask is, is computed by all that is above it; the others only have to stay what they are.
     read = [site.query, site.sdpa, site.projection.node]
     for operand in (site.key, site.value, site.projection.weight):
         read += chain_above(operand)
-    spoilt = (upstream([site.attn_mask]) | set(read)) & written
+    # Of a mask, and of latents that become K and V, all that computes them was read.
+    computed = [site.attn_mask, *((site.key, site.value) if site.latent else ())]
+    spoilt = (upstream(computed) | set(read)) & written
     if spoilt:
         names = ", ".join(sorted(node.name for node in spoilt))
         detail = f"{names} may be written in place; call program.run_decompositions({{}}) first"
@@ -148,7 +162,8 @@ def _inline(gm: GraphModule, inserted: Sequence[Inserted]) -> None:
     for eviction in inserted:
         node = eviction.node
         operands = list(dict.fromkeys(node.all_input_nodes))
-        traced = _traced(eviction, operands)
+        with _every_length(gm):
+            traced = _traced(eviction, operands)
         with gm.graph.inserting_before(node):
             holders = (one for one in traced.nodes if one.op == "placeholder")
             values = gm.graph.graph_copy(traced, dict(zip(holders, operands, strict=True)))
@@ -161,6 +176,24 @@ def _inline(gm: GraphModule, inserted: Sequence[Inserted]) -> None:
     gm.recompile()
 
 
+@contextlib.contextmanager
+def _every_length(gm: GraphModule) -> Iterator[None]:
+    """Let nothing that is traced meanwhile hold for some sizes only: a program has no guards."""
+    inputs = [vocab.shape_of(node) or () for node in gm.graph.nodes if node.op == "placeholder"]
+    symbols = [n for n in itertools.chain(*inputs) if isinstance(n, torch.SymInt)]
+    shapes = symbols[0].node.shape_env if symbols else None
+    for symbol in {n.node.expr for n in symbols if n.node.expr.is_Symbol}:
+        # Every trace takes a size for neither 0 nor 1; those of a loaded program have forgotten.
+        limits = shapes.var_to_range[symbol]
+        if limits.lower < 2 < limits.upper:
+            shapes.constrain_symbol_range(symbol, 2, limits.upper)
+    try:
+        with contextlib.nullcontext() if shapes is None else shapes.error_on_new_guards():
+            yield
+    except _ShapeEnvGuardError as error:
+        raise VerificationError(f"the cut would not hold for every length: {error}") from error
+
+
 def _traced(eviction: Inserted, operands: Sequence[Node]) -> torch.fx.Graph:
     """The eviction's body as a graph of ATen ops over ``operands``."""
     node = eviction.node
@@ -170,13 +203,9 @@ def _traced(eviction: Inserted, operands: Sequence[Node]) -> torch.fx.Graph:
         return eviction.module(*map_arg(node.args, value_of), **map_arg(node.kwargs, value_of))
 
     values = [vocab.value_of(operand) for operand in operands]
-    guards = vocab.guards_of(values)
     # Factories such as arange must make fake tensors as well.
     with torch.no_grad(), vocab.fake_mode_of(values), enable_python_dispatcher():
         graph = make_fx(body)(*values).graph
-    if vocab.guards_of(values) != guards:
-        new = vocab.guards_of(values)[len(guards) :]
-        raise VerificationError(f"{eviction.site.name}: the cut would hold for {new} alone")
     graph.eliminate_dead_code()
     for new in graph.nodes:
         if new.op == "get_attr":

@@ -35,8 +35,8 @@ class Reason(enum.Enum):
     UNCOUNTED_TOKENS = "none: the model caches tokens of its own beside those that it is given"
     WRITTEN_IN_PLACE = "export a model without in-place ops, or call run_decompositions({}) first"
     NESTED_GRAPH = (
-        "export the whole call under torch.no_grad(), with no set_grad_enabled, autocast or control "
-        "flow around the attention"
+        "export the whole call under torch.no_grad(), with no set_grad_enabled, autocast or "
+        "control flow around the attention"
     )
     DECOMPOSED = "optimise the program that torch.export made, and decompose the optimised one"
     ATTENTION_UNREADABLE = 'load the model with attn_implementation="sdpa" where it has that'

@@ -7,9 +7,11 @@ into pure functions.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable
 from typing import Any
 
+from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
 
 from . import vocabulary as vocab
@@ -26,9 +28,9 @@ def written_nodes(gm: GraphModule) -> set[Node]:
 
     written: list[Node] = []
     for node in gm.graph.nodes:
-        for source in vocab.aliases_of(node):
+        for source in _aliases_of(node):
             roots[root_of(node)] = root_of(source)
-        written += vocab.written_by(node)
+        written += _written_by(node)
     spoilt = {root_of(node) for node in written}
     return {node for node in gm.graph.nodes if root_of(node) in spoilt}
 
@@ -43,3 +45,31 @@ def upstream(nodes: Iterable[Any]) -> set[Node]:
                 seen.add(above)
                 todo.append(above)
     return seen
+
+
+def _aliases_of(node: Node) -> list[Node]:
+    """The operands whose memory the result of an ATen op may share."""
+    found = [operand for operand, declared in _declared(node) if declared.alias_info is not None]
+    # Some return what they are given and do not say so: dropout in eval mode, a piece of a split.
+    unsaid = node.target is operator.getitem or vocab.layout_op_of(node) is not None
+    return found + ([node.args[0]] if unsaid and isinstance(node.args[0], Node) else [])
+
+
+def _written_by(node: Node) -> list[Node]:
+    """The operands that an ATen op writes to."""
+    if not vocab.is_in_place(node):
+        return []
+    pairs = _declared(node)
+    return [arg for arg, said in pairs if said.alias_info is not None and said.alias_info.is_write]
+
+
+def _declared(node: Node) -> list[tuple[Node, Any]]:
+    """An overload's operands, each with what its schema says of it."""
+    if not isinstance(node.target, OpOverload):
+        return []
+    pairs: list[tuple[Node, Any]] = []
+    for i, declared in enumerate(node.target._schema.arguments):
+        given = node.args[i] if i < len(node.args) else node.kwargs.get(declared.name)
+        operands = given if isinstance(given, (list, tuple)) else (given,)
+        pairs += [(operand, declared) for operand in operands if isinstance(operand, Node)]
+    return pairs

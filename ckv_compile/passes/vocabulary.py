@@ -94,12 +94,6 @@ def fake_mode_of(values: Iterable[Any]) -> Any:
     return next(modes, contextlib.nullcontext())
 
 
-def guards_of(values: Iterable[Any]) -> list[Any]:
-    """All guards on the symbols of these fake tensors."""
-    env = getattr(fake_mode_of(values), "shape_env", None)
-    return [] if env is None else [guard.expr for guard in env.guards]
-
-
 def known(condition: Any) -> bool:
     """Whether a comparison of symbolic sizes is provable; never adds a guard."""
     return bool(statically_known_true(condition))
@@ -373,29 +367,3 @@ def is_counting(node: Node) -> bool:
     names = [declared.name for declared in node.target._schema.arguments]
     given = dict(zip(names, node.args, strict=False)) | node.kwargs
     return given.get("start", 0) == 0 and given.get("step", 1) == 1
-
-
-def aliases_of(node: Node) -> list[Node]:
-    """The operands of an ATen op whose memory its result may share."""
-    found = [arg for arg, declared in _declared(node) if declared.alias_info is not None]
-    # Some ops return what they are given and do not say so: dropout in eval mode, a piece of a split.
-    unsaid = node.target is operator.getitem or layout_op_of(node) is not None
-    return found + ([node.args[0]] if unsaid and isinstance(node.args[0], Node) else [])
-
-
-def written_by(node: Node) -> list[Node]:
-    """The operands that an ATen op writes to; ``detach_`` changes no number."""
-    writes = [a for a, d in _declared(node) if d.alias_info is not None and d.alias_info.is_write]
-    return [] if name_of(node) == "detach_" else writes
-
-
-def _declared(node: Node) -> list[tuple[Node, Any]]:
-    """An overload's operands, each with what its schema says of it."""
-    if not isinstance(node.target, OpOverload):
-        return []
-    pairs = []
-    for i, declared in enumerate(node.target._schema.arguments):
-        given = node.args[i] if i < len(node.args) else node.kwargs.get(declared.name)
-        for operand in given if isinstance(given, (list, tuple)) else (given,):
-            pairs += [(operand, declared)] if isinstance(operand, Node) else []
-    return pairs

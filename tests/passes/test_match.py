@@ -29,14 +29,15 @@ def match(fn, *args, dynamic=False, **flags):
 def facts(found):
     """What is known of each attention, whatever the dialect calls its nodes."""
     sites, rejections = found
-    names = (
-        "index is_causal scale softcap key_outputs value_outputs num_attention_heads phase "
-        "num_key_value_heads head_dim value_head_dim mask_kind padding_offset latent"
-    ).split()
-    return [
-        [*(getattr(site, name) for name in names), site.projection.in_out, site.projection.gated]
+    plain = (bool, int, float, str, tuple, type(None))
+    read = [
+        {name: value for name, value in vars(site).items() if isinstance(value, plain)}
         for site in sites
-    ], [rejection.reason for rejection in rejections]
+    ]
+    for facts, site in zip(read, sites, strict=True):
+        del facts["name"]  # a node's, where there is no module
+        facts["projection"] = (site.projection.in_out, site.projection.gated)
+    return read, [rejection.reason for rejection in rejections]
 
 
 def only_site(fn, *args, **flags):
