@@ -181,7 +181,7 @@ def _every_length(gm: GraphModule) -> Iterator[None]:
     """Let nothing that is traced meanwhile hold for some sizes only: a program has no guards."""
     inputs = [vocab.shape_of(node) or () for node in gm.graph.nodes if node.op == "placeholder"]
     symbols = [n for n in itertools.chain(*inputs) if isinstance(n, torch.SymInt)]
-    shapes = symbols[0].node.shape_env if symbols else None
+    shapes: Any = symbols[0].node.shape_env if symbols else None
     for symbol in {n.node.expr for n in symbols if n.node.expr.is_Symbol}:
         # Every trace takes a size for neither 0 nor 1; those of a loaded program have forgotten.
         limits = shapes.var_to_range[symbol]

@@ -31,7 +31,7 @@ class Reason(enum.Enum):
     )
     SLIDING_WINDOW = "none needed: a sliding-window cache is bounded already"
     SHARED_CACHE = "none: two attentions read one cache, and each would evict its own choice"
-    PADDING_MASK = "use ckv_compile.optimize, which counts each row's tokens; or do not pad"
+    PADDING_MASK = "use ckv_compile.optimize(model), which counts each row's tokens; or do not pad"
     UNCOUNTED_TOKENS = "none: the model caches tokens of its own beside those that it is given"
     WRITTEN_IN_PLACE = "export a model without in-place ops, or call run_decompositions({}) first"
     NESTED_GRAPH = (

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from capture import attention, exported, qkv
-from families import prompt, tiny
+from families import FAMILIES, prompt, tiny
 from torch import nn
 from torch.export import Dim
 from torch.export.graph_signature import OutputKind
@@ -207,6 +207,27 @@ def test_transformers_model_keeps_what_the_compiled_model_keeps(llama):
         for (key, value), layer in zip(caches, layers, strict=True):
             assert key.shape[2] == EvictionConfig(budget=0.5).entries(n)
             assert torch.equal(key, layer.keys) and torch.equal(value, layer.values)
+
+
+# Conv1D, eager attention with a soft cap beside a sliding window, a transposed weight, fused QKV.
+FAST = ("gpt2", "gemma2", "falcon", "phi3")
+
+
+@pytest.mark.parametrize(
+    "family", [f if f in FAST else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES]
+)
+def test_family_is_cut_exactly(family):
+    """What Dynamo's graph of a family gives, torch.export's must give as well."""
+    _, kv_heads, count, reasons = FAMILIES[family]
+    shapes = [{0: Dim("batch", max=8), 1: Dim("n", min=16, max=512)}]
+    program = program_of(Prefill(tiny(family)), prompt(40, 2), dynamic_shapes=shapes)
+    found = ckv_compile.explain(program, config=EvictionConfig(budget=0.5))
+    assert found.evicted == count and [row.reason for row in found.rejections] == list(reasons)
+    ids = prompt(100, 3)
+    logits, *caches = run(ckv_compile.optimize(program, budget=0.5), ids)
+    assert torch.equal(logits, run(program, ids)[0])
+    cut = [key for key, value in caches if key.shape == value.shape == (3, kv_heads, 50, 16)]
+    assert len(cut) == count and len(caches) == 2
 
 
 def test_decoding_from_the_returned_cache_with_logical_positions(llama):
