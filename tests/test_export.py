@@ -230,6 +230,17 @@ def test_family_is_cut_exactly(family):
     assert len(cut) == count and len(caches) == 2
 
 
+@pytest.mark.parametrize("strict", [False, True])
+def test_an_optimised_model_is_exported_as_it_was_written(strict):
+    """What stands in front of it would trace its own bookkeeping into the program."""
+    model = ckv_compile.optimize(tiny(), 0.5, lowering="eager")
+    with torch.no_grad():
+        program = torch.export.export(Prefill(model), (prompt(80),), strict=strict)
+    assert not any("ckv_compile" in str(node.target) for node in program.graph.nodes)
+    assert run(program, prompt(80))[1][0].shape[2] == 80
+    assert run(ckv_compile.optimize(program, budget=0.5), prompt(80))[1][0].shape[2] == 40
+
+
 def test_decoding_from_the_returned_cache_with_logical_positions(llama):
     """The tokens that optimize(model) generates, by a decode loop of one's own."""
     ids, model = prompt(90), tiny()
