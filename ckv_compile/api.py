@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 
+from .backend import log_default_budget
 from .config import Budget, EvictionConfig
+from .export import explain_program, optimize_program
 from .report import Report
 from .runtime import OptimizedForward, Region
 
@@ -17,31 +20,52 @@ if TYPE_CHECKING:
     from .cache import EvictedCache
 
 
+Model = TypeVar("Model", bound=nn.Module | ExportedProgram)
+# What only a running model has: an exported program is one graph, lowered elsewhere.
+_NOT_FOR_PROGRAMS = ("later_turns", "rewrite_gqa", "lowering", "mode")
+
+
 def optimize(
-    model: nn.Module, budget: float | int | str | Budget | None = None, **options: Any
-) -> nn.Module:
+    model: Model, budget: float | int | str | Budget | None = None, **options: Any
+) -> Model:
     """Compile ``model`` in place so that every prefill leaves a cache cut to ``budget``.
 
     ``model(...)`` and ``model.generate(...)`` then run the compiled forward. Another call with
     another budget costs no second compile where only the budget changes.
 
     Args:
-        model: a causal language model in eval mode, on any device; wrapped by PEFT or not.
+        model: a causal language model in eval mode, on any device, wrapped by PEFT or not; or a
+            prefill as a :class:`torch.export.ExportedProgram`, which stays as it is: a new program
+            is returned.
         budget: share, token count, expression or bytes, see :class:`ckv_compile.Budget`; 0.2 if
             none is given, which the first compile then says in the log.
-        **options: the other fields of :class:`ckv_compile.EvictionConfig`.
+        **options: the other fields of :class:`ckv_compile.EvictionConfig`; for a program not
+            ``later_turns``, ``rewrite_gqa``, ``lowering`` and ``mode``.
 
     Returns:
-        The same model.
+        The same model, or a new program.
 
     Raises:
         TypeError, ValueError: naming the argument and what it takes.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model is a {type(model).__name__}; optimize takes an nn.Module")
-    called = _called(model)
+    if not isinstance(model, (nn.Module, ExportedProgram)):
+        raise TypeError(
+            f"model is a {type(model).__name__}; optimize takes an nn.Module or an ExportedProgram"
+        )
     given = {} if budget is None else {"budget": budget}
     config = EvictionConfig.from_options({**given, **options})
+    if isinstance(model, ExportedProgram):
+        for name in _NOT_FOR_PROGRAMS:
+            if name in options:
+                raise ValueError(
+                    f"{name}={options[name]!r} is for a model that runs; an ExportedProgram takes "
+                    f"none of {', '.join(_NOT_FOR_PROGRAMS)}"
+                )
+        program, report = optimize_program(model, config)
+        if budget is None and report.evicted:
+            log_default_budget()
+        return program
+    called = _called(model)
     previous = _optimized(called)
     if previous is not None and _same_code(previous, config):
         region = previous.region
@@ -60,7 +84,10 @@ def restore(model: nn.Module) -> nn.Module:
 
 
 def explain(
-    model: nn.Module, *args: Any, config: EvictionConfig | None = None, **inputs: Any
+    model: nn.Module | ExportedProgram,
+    *args: Any,
+    config: EvictionConfig | None = None,
+    **inputs: Any,
 ) -> Report:
     """What the pass would do to ``model(*args, **inputs)``; the model is not changed.
 
@@ -68,12 +95,18 @@ def explain(
     filled as by any call. Without inputs, the report of all that an optimised model has compiled.
 
     Args:
+        model: a model; or an exported program, which needs no inputs and is not run.
         config: options; by default those of an optimised model, or the defaults.
         **inputs: what ``model`` is called with.
 
     Raises:
-        ValueError: there are no inputs and the model is not optimised.
+        ValueError: there are no inputs and the model is not optimised; or there are inputs for an
+            exported program, or it is optimised already.
     """
+    if isinstance(model, ExportedProgram):
+        if args or inputs:
+            raise ValueError("explain takes no inputs for an ExportedProgram, which is one graph")
+        return explain_program(model, config or EvictionConfig())
     model = _called(model)
     optimized = _optimized(model)
     if not args and not inputs:

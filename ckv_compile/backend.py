@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from .passes.insert import row_bytes
 from .passes.match import dotted, example_inputs_require_grad
 from .passes.pipeline import Rewritten, rewrite
 from .report import Report, Traced, report_of
-from .site import AttentionSite, Reason
+from .site import AttentionSite, Projection, Reason
 
 log = logging.getLogger("ckv_compile")
 
@@ -78,7 +78,7 @@ def compile_graph(
     """
     grad_enabled = example_inputs_require_grad(example_inputs)
     rewritten = rewrite(gm, config, training=training, grad_enabled=grad_enabled, counted=counted)
-    report = _report_of(rewritten, config)
+    report = report_of_graph(rewritten, config)
     log.info("%s", report.summary())
     for row in report.rejections:
         log.info("left alone: %s: %s: %s", row.site, row.reason, row.detail)
@@ -158,7 +158,10 @@ def source_digest() -> str:
     return digest.hexdigest()
 
 
-def _report_of(rewritten: Rewritten, config: EvictionConfig) -> Report:
+def report_of_graph(
+    rewritten: Rewritten, config: EvictionConfig, names: Mapping[str, str] | None = None
+) -> Report:
+    """What was found in one graph, for people; ``names``: parameters' paths by their inputs."""
     folded = {site.index for site in rewritten.folded}
     evictions = {one.site.index: one for one in rewritten.inserted}
 
@@ -166,14 +169,14 @@ def _report_of(rewritten: Rewritten, config: EvictionConfig) -> Report:
         eviction = evictions.get(site.index)
         kept, budget_from = site.kv_len, ""
         if eviction is not None:
-            kept = eviction.node.meta["example_value"][0].shape[2]
+            kept = vocab.value_of(eviction.node)[0].shape[2]
             budget_from = "config" if eviction.module.from_config else "input"
         return Traced(
             batch_size=_size(site.batch_size),
             kv_len=_size(site.kv_len),
             kept=_size(kept),
             row_bytes=row_bytes(site),
-            weight="" if site.projection is None else _source_of(site.projection.matrix.weight),
+            weight=_source_of(site.projection, names or {}),
             cache=_cache_of(site),
             budget_from=budget_from,
             folded=site.index in folded,
@@ -190,12 +193,14 @@ def _cache_of(site: AttentionSite) -> str:
     return "cat, returned" if vocab.is_cat(site.cache_key) else "returned"
 
 
-def _source_of(weight: torch.fx.Node) -> str:
-    """The parameter's path in the model."""
-    root = chain_above(weight)[-1]
+def _source_of(projection: Projection | None, names: Mapping[str, str]) -> str:
+    """The path of its weight in the model."""
+    if projection is None:
+        return ""
+    root = chain_above(projection.matrix.weight)[-1]
     source = getattr(root.meta.get("grapharg"), "source", None)
     if source is None:
-        return root.name
+        return names.get(root.name, root.name)
     return dotted(source.name if isinstance(source.name, str) else source.name())
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._guards import active_fake_mode
 
 from .backend import (
     COUNTS_BY_LENGTH,
@@ -127,8 +128,9 @@ class OptimizedForward:
         return dataclasses.replace(report, sites=rows)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        # In somebody else's region. Not is_compiling, which is true in all threads while one is.
-        if torch.compiler.is_dynamo_compiling():
+        # In somebody else's region, or exported: the plain model is what they want. Not
+        # is_compiling and is_exporting, which are true in all threads while one is.
+        if torch.compiler.is_dynamo_compiling() or active_fake_mode() is not None:
             return self.model._call_impl(*args, **kwargs)
         if self.model.training or torch.is_grad_enabled():
             self._warn_once(

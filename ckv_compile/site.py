@@ -38,12 +38,18 @@ class Reason(enum.Enum):
     )
     SLIDING_WINDOW = "none needed: a sliding-window cache is bounded already"
     SHARED_CACHE = "none: two attentions read one cache, and each would evict its own choice"
-    PADDING_MASK = "use ckv_compile.optimize, which counts each row's tokens; or do not pad"
+    PADDING_MASK = "use ckv_compile.optimize(model), which counts each row's tokens; or do not pad"
     UNCOUNTED_TOKENS = "none: the model caches tokens of its own beside those that it is given"
     POSITIONS = (
         "pass the positions of new tokens in, and make masks of the lengths of q and k: a cut "
         "cache is shorter than what it has seen"
     )
+    WRITTEN_IN_PLACE = "export a model without in-place ops, or call run_decompositions({}) first"
+    NESTED_GRAPH = (
+        "export the whole call under torch.no_grad(), with no set_grad_enabled, autocast or "
+        "control flow around the attention"
+    )
+    DECOMPOSED = "optimise the program that torch.export made, and decompose the optimised one"
     ATTENTION_UNREADABLE = 'use scaled_dot_product_attention (attn_implementation="sdpa")'
     MASK_UNREADABLE = "use is_causal=True, or a mask that compares key and query positions"
     BIAS_UNREADABLE = "compute the bias from positions and parameters alone"
@@ -119,7 +125,8 @@ class AttentionSite:
     output; none where the cache is written in place. ``q_len`` and ``kv_len`` may be symbolic.
     ``latent``: these are one head for all, of which attention's ``key`` and ``value`` are made.
     ``projection`` is None where it could not be read and no score asks for it.
-    ``biases`` are added to the logits of this call, ``sinks`` ``[H]`` are logits beside them.
+    ``terms`` are all that acts on the logits; of them ``biases`` are added and are no masks.
+    ``sinks`` ``[H]`` are logits of one more key for each head.
     ``phase`` "cross": K and V are an encoder's, in the first call of its decoder.
     ``padding`` is false at pads, its column ``padding_offset + j`` is that of key ``j``.
     """
@@ -130,7 +137,6 @@ class AttentionSite:
     query: Node
     key: Node
     value: Node
-    attn_mask: Node | None
     is_causal: bool
     scale: Node | float | None
     softcap: Node | float | None
@@ -151,8 +157,14 @@ class AttentionSite:
     padding: Node | None = None
     padding_offset: Any = 0
     latent: bool = False
+    terms: tuple[Node, ...] = ()
     biases: tuple[Bias, ...] = ()
     sinks: Node | None = None
+
+    @property
+    def attn_mask(self) -> Node | None:
+        """The mask, or what stands for it first."""
+        return self.terms[0] if self.terms else None
 
     @property
     def num_key_value_groups(self) -> int:

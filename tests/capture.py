@@ -1,4 +1,4 @@
-"""Dynamo graphs of small attentions, for tests of the passes."""
+"""Graphs of small attentions, Dynamo's and torch.export's, for tests of the passes."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
 BATCH, HEADS, KV_HEADS, Q_LEN, HEAD_DIM = 2, 4, 2, 12, 16
@@ -45,6 +46,27 @@ def captured(fn: Callable[..., Any], *args: Any, dynamic: bool = False) -> Graph
         compiled(*args)
     (graph,) = graphs
     return graph
+
+
+class Called(torch.nn.Module):
+    """A module that calls ``fn``, for torch.export takes no functions."""
+
+    def __init__(self, fn: Callable[..., Any]) -> None:
+        super().__init__()
+        self.fn = fn
+
+    def forward(self, *args: Any) -> Any:
+        return self.fn(*args)
+
+
+def exported(fn: Callable[..., Any], *args: Any, dynamic: bool = False) -> ExportedProgram:
+    """What torch.export makes of ``fn(*args)``; ``dynamic`` as for :func:`captured`."""
+    shapes = None
+    if dynamic:
+        length = {2: torch.export.Dim.DYNAMIC}
+        shapes = (tuple(length if arg.dim() == 4 else None for arg in args),)
+    with torch.no_grad():
+        return torch.export.export(Called(fn), args, dynamic_shapes=shapes)
 
 
 def qkv(kv_heads: int = HEADS, q_len: int = Q_LEN) -> tuple[torch.Tensor, ...]:

@@ -160,5 +160,13 @@ def test_smollm2_finds_the_needle() -> None:
         assert rows[budget][-1] == "30"
 
 
+@pytest.mark.slow
+def test_export_decodes_from_what_the_compiled_program_kept() -> None:
+    command = [sys.executable, EXAMPLES / "export.py"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "200 tokens came in, 50 entries per head came back" in done.stdout
+
+
 def test_quickstart_is_short() -> None:
     assert len((EXAMPLES / "quickstart.py").read_text().splitlines()) < 20

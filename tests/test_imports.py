@@ -27,7 +27,8 @@ ARROWS = {
     "plan": {"config", "sizes"},
     "inputs": {"cache", "sizes"},
     "runtime": {"inputs", "cache", "plan", "backend", "passes", "report", "config"},
-    "api": {"runtime", "cache", "backend", "report", "config"},
+    "export": {"backend", "passes", "report", "site", "config"},
+    "api": {"runtime", "export", "cache", "backend", "report", "config"},
     # A tool beside the library: it may look at everything, and nothing looks at it but the shell.
     "coverage": {"api", "cache", "kernels", "report", "config"},
     "cli": {"coverage"},

@@ -361,5 +361,5 @@ def _inverse(factor: _Factor, of: Node | float) -> bool:
 
 def _only_user(node: Node) -> Node | None:
     # Models that can return their attention weights list them as an output as well.
-    users = [user for user in node.users if user.op != "output"]
+    users = [u for u in node.users if u.op != "output" and not vocab.only_measures(u, node)]
     return users[0] if len(users) == 1 else None

@@ -188,9 +188,8 @@ def _opposite(mask: Index | Mask | None) -> Mask | None:
 
 
 def _arange(node: Node, shape: tuple[Any, ...]) -> Index | None:
-    plain = len(node.args) == 1 and not {"start", "step"} & set(node.kwargs)
     integral = not vocab.value_of(node).is_floating_point()
-    return Index(labelled("I", shape), 0) if plain and integral else None
+    return Index(labelled("I", shape), 0) if vocab.is_counting(node) and integral else None
 
 
 def _tril(node: Node, shape: tuple[Any, ...], seen: dict[Node, Index | Mask | None]) -> Mask | None:

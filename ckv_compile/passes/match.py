@@ -120,7 +120,6 @@ def _site_of(
         query=attention.query,
         key=attention.key,
         value=attention.value,
-        attn_mask=attention.terms[0].node if attention.terms else None,
         is_causal=bool(attention.is_causal),
         scale=attention.scale,
         softcap=attention.softcap,
@@ -141,6 +140,7 @@ def _site_of(
         padding=mask.padding,
         padding_offset=mask.padding_offset,
         latent=latents is not None,
+        terms=tuple(term.node for term in attention.terms),
         biases=biases,
         sinks=attention.sinks,
     )

@@ -1,6 +1,9 @@
-"""The only room that spells operator names: what a node of a Dynamo graph means to the matcher.
+"""The only room that spells operator names: what a node of a graph means to the matcher.
 
-A new spelling of an op is one entry here and one row in ``tests/test_vocabulary.py``.
+Two dialects: Dynamo's, where an op is a method or a function of torch, and ATen of
+``torch.export``, where it is an overload with a schema. ATen's plain names are mostly those of
+Dynamo, in the same order of arguments; where they differ, both stand here. A new spelling of an op
+is one entry here and one row in ``tests/passes/test_match.py``.
 """
 
 from __future__ import annotations
@@ -8,13 +11,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch._higher_order_ops.flex_attention import flex_attention
+from torch._ops import OpOverload, OpOverloadPacket
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
@@ -22,10 +26,13 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 LayoutKind = Literal["keep", "permute", "regroup", "expand", "interleave"]
 
-# Names under which Dynamo writes ops, as a method or as a function of torch or torch.Tensor.
 _KEEP = {"contiguous", "clone", "to", "type_as", "float", "double", "half", "bfloat16", "detach"}
+_KEEP |= {"_to_copy", "alias"}
 _REGROUP = {"view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze", "view_as"}
-_CASTS = {"to", "bool", "type", "contiguous", "clone"}
+_REGROUP |= {"_unsafe_view"}
+_CASTS = {"to", "bool", "type", "contiguous", "clone", "_to_copy"}
+# Ops that read a tensor's shape or dtype and none of its numbers.
+_MEASURES = {"size", "sym_size", "_assert_tensor_metadata"}
 _CONSTANTS = {"zeros", "ones", "empty", "new_zeros", "new_ones", "new_empty"}
 _UPDATES = {"index_copy", "index_put", "scatter", "slice_scatter", "select_scatter"}
 _CLOSED = {
@@ -64,23 +71,25 @@ def shape_of(node: object) -> tuple[Any, ...] | None:
 
 
 def annotate(node: Node, call: Callable[..., Any], like: Node) -> None:
-    """Give a new node what Dynamo gives its own: the example value, and whence it comes.
+    """Give a new node what the tracer gives its own: the example value, and whence it comes.
 
     Args:
         call: computes the node's value from those of its arguments.
         like: the node in whose place it stands.
     """
+    derive(node, like)
+    values = torch.fx.node.map_arg(node.args, value_of)
+    named = torch.fx.node.map_arg(node.kwargs, value_of)
+    key = "val" if "val" in like.meta else "example_value"
+    with fake_mode_of([value_of(other) for other in (*node.all_input_nodes, like)]):
+        node.meta[key] = call(*values, **named)
+
+
+def derive(node: Node, like: Node) -> None:
+    """Say of a new node that it comes from the same line and module as another."""
     for copied in ("stack_trace", "nn_module_stack", "source_fn_stack"):
         if copied in like.meta:
             node.meta[copied] = like.meta[copied]
-    values = torch.fx.node.map_arg(node.args, value_of)
-    named = torch.fx.node.map_arg(node.kwargs, value_of)
-    # Not detect_fake_mode: inside a backend that finds the mode of the example inputs, which is a
-    # younger one than that of the graph's example values (both share their symbols).
-    fakes = (value_of(other) for other in (*node.all_input_nodes, like))
-    mode = next((value.fake_mode for value in fakes if isinstance(value, FakeTensor)), None)
-    with mode or contextlib.nullcontext():
-        node.meta["example_value"] = call(*values, **named)
 
 
 def is_size(node: Node, size: Any) -> bool:
@@ -100,6 +109,14 @@ def outputs_of(gm: GraphModule) -> tuple[Any, ...]:
     return tuple(output.args[0])
 
 
+def fake_mode_of(values: Iterable[Any]) -> Any:
+    """The mode of the first fake tensor; without one a context that does nothing."""
+    # Not detect_fake_mode: inside a backend that finds the mode of the example inputs, which is a
+    # younger one than that of the graph's example values (both share their symbols).
+    modes = (value.fake_mode for value in values if isinstance(value, FakeTensor))
+    return next(modes, contextlib.nullcontext())
+
+
 def known(condition: Any) -> bool:
     """Whether a comparison of symbolic sizes is provable; never adds a guard."""
     return bool(statically_known_true(condition))
@@ -110,16 +127,26 @@ def name_of(node: Node) -> str:
     if node.op == "call_method":
         return str(node.target)
     if node.op == "call_function":
+        if isinstance(node.target, (OpOverload, OpOverloadPacket)):
+            # Of another library's op the whole name: its "linear" may be anything.
+            return _qualified_name(node.target).removeprefix("aten::")
         return str(getattr(node.target, "__name__", node.target))
     if node.op == "call_module":
         return "call_module"
     return ""
 
 
+def _qualified_name(op: OpOverload | OpOverloadPacket) -> str:
+    return str(op._schema.name if isinstance(op, OpOverload) else op._qualified_op_name)
+
+
 def argument(node: Node, position: int, name: str, default: Any = None) -> Any:
-    """A call's argument by position or by keyword."""
+    """A call's argument by position or by keyword; an ATen op's schema knows name and default."""
     if len(node.args) > position:
         return node.args[position]
+    if isinstance(node.target, OpOverload) and position < len(node.target._schema.arguments):
+        declared = node.target._schema.arguments[position]
+        return node.kwargs.get(declared.name, declared.default_value)
     return node.kwargs.get(name, default)
 
 
@@ -127,6 +154,7 @@ def is_sdpa(node: Node) -> bool:
     return node.op == "call_function" and node.target in (
         F.scaled_dot_product_attention,
         torch._C._nn.scaled_dot_product_attention,
+        torch.ops.aten.scaled_dot_product_attention.default,
     )
 
 
@@ -147,6 +175,17 @@ def is_attention(node: Node) -> bool:
 def only_sizes(node: Node) -> bool:
     """Whether the numbers among the arguments of ``node`` are sizes of its result and no more."""
     return layout_op_of(node) is not None or name_of(node) in _CONSTANTS
+
+
+def is_ours(node: Node) -> bool:
+    return name_of(node).startswith("ckv_compile::")
+
+
+def is_decomposed_attention(node: Node) -> bool:
+    """What ``run_decompositions()`` leaves of SDPA and of softmax."""
+    name = name_of(node)
+    pieces = name == "_softmax" and len(shape_of(node) or ()) == 4
+    return pieces or name.startswith("_scaled_dot_product_")
 
 
 def is_softmax(node: Node) -> bool:
@@ -178,7 +217,8 @@ def scaling_of(node: Node) -> tuple[Any, Any, bool] | None:
     """``(x, c, divides)`` if ``node`` is ``x * c`` or ``x / c``, c a number or a scalar node."""
     name = name_of(node)
     times, over = name in ("mul", "__mul__", "imul"), name in ("div", "truediv", "__truediv__")
-    if (not times and not over) or len(node.args) < 2:
+    rounds = node.kwargs.get("rounding_mode") is not None
+    if (not times and not over) or rounds or len(node.args) < 2:
         return None
     inner, factor = node.args[0], node.args[1]
     if times and not isinstance(value_of(inner), torch.Tensor):
@@ -277,11 +317,9 @@ def is_cat(node: Node) -> bool:
 
 def is_slice_of(node: Node, source: Node) -> bool:
     """Whether ``node`` keeps a part of ``source`` along some axis (a sliding window, say)."""
-    if not node.args or node.args[0] is not source:
+    if not node.args or node.args[0] is not source or layout_op_of(node) is not None:
         return False
-    if name_of(node) in ("narrow", "select", "index_select", "slice"):
-        return True
-    return name_of(node) == "getitem" and layout_op_of(node) is None
+    return name_of(node) in ("narrow", "select", "index_select", "slice", "getitem")
 
 
 def layout_op_of(node: Node) -> LayoutOp | None:
@@ -306,13 +344,16 @@ def layout_op_of(node: Node) -> LayoutOp | None:
         if not all(isinstance(dim, int) for dim in dims):
             return None
         return LayoutOp("permute", perm=tuple(dim % len(before) for dim in dims))
-    if name in ("t", "adjoint") or (name == "getattr" and node.args[1] in ("T", "mT", "H")):
+    transposes = name in ("t", "adjoint", "numpy_T", "mT", "matrix_H")
+    if transposes or (name == "getattr" and node.args[1] in ("T", "mT", "H")):
         # Any other rank would need more care than a matrix does.
         return LayoutOp("permute", perm=(1, 0)) if len(before) == 2 else None
     if name == "getitem":
         index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
         whole = all(i is None or i is Ellipsis or _is_full_slice(i) for i in index)
         return LayoutOp("regroup") if whole else None
+    if name == "slice":
+        return LayoutOp("keep") if _is_whole(node, before, tuple(after.shape)) else None
     if is_dropout(node):
         return None if is_training_dropout(node) else LayoutOp("keep")
     if name in _KEEP:
@@ -334,6 +375,13 @@ def layout_op_of(node: Node) -> LayoutOp | None:
 
 def _is_full_slice(index: object) -> bool:
     return isinstance(index, slice) and index in _FULL_SLICES
+
+
+def _is_whole(node: Node, before: tuple[Any, ...], after: tuple[Any, ...]) -> bool:
+    """Whether ATen's ``slice`` keeps all: as many as there were, from the first, one by one."""
+    dim = argument(node, 1, "dim")
+    plain = argument(node, 2, "start") in (None, 0) and argument(node, 4, "step") == 1
+    return plain and isinstance(dim, int) and known(before[dim] == after[dim])
 
 
 def projection_operands(node: Node, source: Node) -> tuple[Node, bool] | None:
@@ -400,8 +448,9 @@ def factor_of(node: Node, source: Node) -> Node | None:
 
 def only_measures(node: Node, source: Node) -> bool:
     """Whether ``node`` reads no more of ``source`` than its shape."""
-    named = name_of(node) in ("view_as", "expand_as", "reshape_as")
-    return (named and node.args[0] is not source) or name_of(node) == "size"
+    name = name_of(node)
+    named = name in ("view_as", "expand_as", "reshape_as")
+    return (named and node.args[0] is not source) or name in _MEASURES
 
 
 def is_and(node: Node) -> bool:
@@ -427,6 +476,9 @@ def is_add(node: object) -> bool:
 
 def is_in_place(node: Node) -> bool:
     """Whether the op writes to its first argument: ``mul_``, ``copy_``, ``setitem``, ``iadd``."""
+    if isinstance(node.target, OpOverload):
+        # detach_ tells autograd and changes no number.
+        return bool(node.target._schema.is_mutable) and name_of(node) != "detach_"
     name = name_of(node)
     augmented = node.target in (operator.iadd, operator.imul, operator.isub, operator.itruediv)
     written = name.endswith("_") and not name.endswith("__") and name not in ("and_", "or_")
@@ -450,4 +502,16 @@ def is_ones(node: Node) -> bool:
 
 
 def is_advanced_index(node: Node) -> bool:
-    return node.target is operator.getitem and isinstance(node.args[1], tuple)
+    written = node.target is operator.getitem and isinstance(node.args[1], tuple)
+    return written or name_of(node) == "index"
+
+
+def is_counting(node: Node) -> bool:
+    """``arange(n)``: 0, 1, .., n - 1."""
+    if name_of(node) != "arange":
+        return False
+    if not isinstance(node.target, OpOverload):
+        return len(node.args) == 1 and not {"start", "step"} & set(node.kwargs)
+    names = [declared.name for declared in node.target._schema.arguments]
+    given = dict(zip(names, node.args, strict=False)) | node.kwargs
+    return given.get("start", 0) == 0 and given.get("step", 1) == 1

@@ -19,7 +19,25 @@ from ckv_compile.site import Reason
 
 
 def match(fn, *args, dynamic=False, **flags):
-    return match_sites(captured(fn, *args, dynamic=dynamic), **flags)
+    """The sites and rejections of Dynamo's graph; torch.export's must be read alike."""
+    found = match_sites(captured(fn, *args, dynamic=dynamic), **flags)
+    program = capture.exported(fn, *args, dynamic=dynamic)
+    assert facts(match_sites(program.graph_module, **flags)) == facts(found)
+    return found
+
+
+def facts(found):
+    """What is known of each attention, whatever the dialect calls its nodes."""
+    sites, rejections = found
+    plain = (bool, int, float, str, tuple, type(None))
+    read = [
+        {name: value for name, value in vars(site).items() if isinstance(value, plain)}
+        for site in sites
+    ]
+    for facts, site in zip(read, sites, strict=True):
+        del facts["name"]  # a node's, where there is no module
+        facts["projection"] = (site.projection.in_out, site.projection.gated)
+    return read, [rejection.reason for rejection in rejections]
 
 
 def only_site(fn, *args, **flags):
