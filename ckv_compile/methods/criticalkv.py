@@ -12,6 +12,7 @@ def criticalkv(inputs: ScoreInputs) -> Scores:
     ``theta = C - (2 - 1/sigma) * sum_{i in N} A_i ||v_i W_O||_1`` with ``sigma = sum_{i in N} A_i``
     (Theorem 3). Stage 1 makes sigma > 0.5; with sigma frozen there, ``theta_hat >= theta`` is least
     for the largest ``A_i ||v_i W_O||_1``, which stage 2 takes. ``theta`` itself is not guaranteed
-    to be lower than that of attention alone, whose sigma is larger.
+    to be lower than that of attention alone, whose sigma is larger. With ``norm="value"`` the norm
+    is ``||v_i||_1``, which says nothing of the layer's output, and there is no such bound.
     """
     return Scores(inputs.window_attention(), inputs.projected_norm())
