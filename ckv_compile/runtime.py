@@ -108,8 +108,8 @@ class OptimizedForward:
         return dataclasses.replace(report, sites=rows)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        # In somebody else's region, or exported: the plain model is what they want. Not is_compiling
-        # and is_exporting, which are true in all threads while one is.
+        # In somebody else's region, or exported: the plain model is what they want. Neither
+        # is_compiling nor is_exporting, which are true in all threads while one is.
         if torch.compiler.is_dynamo_compiling() or active_fake_mode() is not None:
             return self.model._call_impl(*args, **kwargs)
         if self.model.training or torch.is_grad_enabled():
