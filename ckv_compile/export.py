@@ -170,14 +170,23 @@ def _inline(gm: GraphModule, inserted: Sequence[Inserted]) -> None:
     before: ``k', v' = ckv_evict_0(q, k, v, W_O)``, a call of a module
     after:  ``aten.gather(..), .., ckv_compile.select(..), k' = aten.gather(k, ..), v' = ..``
     """
+    bodies: dict[str, torch.fx.Graph] = {}
     for eviction in inserted:
         node = eviction.node
         operands = list(dict.fromkeys(node.all_input_nodes))
-        with _every_length(gm):
-            traced = _traced(eviction, operands)
+        # Layers mostly differ in their weights alone, and tracing takes longer than all the rest.
+        alike = _likeness(eviction, operands)
+        if alike not in bodies:
+            with _every_length(gm):
+                bodies[alike] = _traced(eviction, operands)
+        body = bodies[alike]
+        copies = dict(zip(body.find_nodes(op="placeholder"), operands, strict=True))
         with gm.graph.inserting_before(node):
-            holders = (one for one in traced.nodes if one.op == "placeholder")
-            values = gm.graph.graph_copy(traced, dict(zip(holders, operands, strict=True)))
+            values = gm.graph.graph_copy(body, copies)
+        for old, new in copies.items():
+            if old.op != "placeholder":
+                vocab.derive(new, node)
+                new._rename(f"{node.target}_{old.name}")
         for item in list(node.users):
             item.replace_all_uses_with(values[item.args[1]])
             gm.graph.erase_node(item)
@@ -218,13 +227,24 @@ def _traced(eviction: Inserted, operands: Sequence[Node]) -> torch.fx.Graph:
     with torch.no_grad(), vocab.fake_mode_of(values), enable_python_dispatcher():
         graph = make_fx(body)(*values).graph
     graph.eliminate_dead_code()
-    for new in graph.nodes:
-        if new.op == "get_attr":
-            raise VerificationError(f"{eviction.site.name}: the cut holds a constant {new.target}")
-        if new.op == "call_function":
-            vocab.derive(new, node)
-            new._rename(f"{node.target}_{new.name}")
+    for constant in graph.find_nodes(op="get_attr"):
+        raise VerificationError(f"{eviction.site.name}: the cut holds a constant {constant.target}")
     return graph
+
+
+def _likeness(eviction: Inserted, operands: Sequence[Node]) -> str:
+    """All that the eviction's body is traced from; two of the same have the same body."""
+    node = eviction.node
+    slot = {operand: f"operand {i}" for i, operand in enumerate(operands)}
+    called = map_arg((node.args, node.kwargs), slot.__getitem__)
+    values = [vocab.value_of(operand) for operand in operands]
+    seen = [
+        (value.dtype, value.device, value.shape, value.stride())
+        if isinstance(value, torch.Tensor)
+        else value
+        for value in values
+    ]
+    return f"{eviction.module!r} {called} {seen}"
 
 
 def _signature(
