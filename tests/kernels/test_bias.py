@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from kernels.test_twins import FLOAT32_STEP, SETTINGS, site
+from strategies import FLOAT32_STEP, SETTINGS, site
 
 from ckv_compile.config import EvictionConfig
 from ckv_compile.kernels import reference, window_attention
