@@ -35,16 +35,12 @@ def without_counting_caches(
         if _can_shrink(site):
             lengths |= free_symbols(site.kv_len) - free_symbols(site.q_len)
     for site in sites:
-        node = _made_of(lengths, site) if lengths and _can_shrink(site) else None
-        mask = _unaligned(site)
+        node, mask = _made_of(lengths, site), _unaligned(site)
         if node is not None:
             detail = f"{node.name} is made of the length of a cache such as {site.cache_key.name}"
             rejections = (*rejections, Rejection(node, Reason.POSITIONS, detail, site.name))
         elif mask:
-            assert site.attn_mask is not None
-            rejections = (
-                *rejections, Rejection(site.attn_mask, Reason.POSITIONS, mask, site.name)
-            )  # fmt: skip
+            rejections = (*rejections, Rejection(site.sdpa, Reason.POSITIONS, mask, site.name))
         else:
             left.append(site)
     # Numbered anew, as their eviction nodes are.
@@ -73,6 +69,8 @@ def _can_shrink(site: AttentionSite) -> bool:
 
 def _made_of(lengths: set[Any], site: AttentionSite) -> Node | None:
     """The first op found that puts one of the lengths into the site's query or key."""
+    if not lengths or not _can_shrink(site):
+        return None
     todo, seen = [site.query, site.key], {site.query, site.key}
     while todo:
         node = todo.pop()
