@@ -96,8 +96,8 @@ def _site_of(
     if latents is not None:
         cache_key, cache_value = latents
     else:
-        cache_key = _cached(gm, attention.key, Reason.KEY_AXES)
-        cache_value = _cached(gm, attention.value, Reason.VALUE_AXES)
+        cache_key = _cached(gm, attention.key, Reason.KEY_AXES, q_len)
+        cache_value = _cached(gm, attention.value, Reason.VALUE_AXES, q_len)
     num_key_value_heads, kv_len = cache_key.shape[1], cache_key.shape[2]
     if cache_value.shape[1] != num_key_value_heads or heads % num_key_value_heads:
         detail = f"{heads} heads over {num_key_value_heads} K and {cache_value.shape[1]} V heads"
@@ -217,7 +217,7 @@ def _is_buffer(root: Node) -> bool:
     return _is_written(source if vocab.is_slice_of(root, source) else root)
 
 
-def _cached(gm: GraphModule, operand: Node, axes: Reason) -> _Cached:
+def _cached(gm: GraphModule, operand: Node, axes: Reason, q_len: Any) -> _Cached:
     """The tensor above ``operand`` that the graph returns, before any repetition over groups."""
     returned = vocab.outputs_of(gm)
     chain = chain_above(operand)
@@ -233,7 +233,10 @@ def _cached(gm: GraphModule, operand: Node, axes: Reason) -> _Cached:
                 detail = f"the cache keeps {user.name}, a slice of {node.name}"
                 raise _Refused(operand, Reason.SLIDING_WINDOW, detail)
     root = chain[-1]
-    if root.op == "placeholder" and not vocab.is_parameter(root):
+    # One as long as the queries is no encoder's, but a K that the caller made and keeps.
+    shape = vocab.shape_of(root) or ()
+    other = len(shape) == 4 and not vocab.known(shape[2] == q_len)
+    if root.op == "placeholder" and other and not vocab.is_parameter(root):
         detail = f"attention reads {root.name}, which the call leaves as it is"
         raise _Refused(operand, Reason.CROSS_ATTENTION, detail)
     detail = f"the graph returns neither {operand.name} nor what it is made of"

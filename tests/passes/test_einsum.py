@@ -156,10 +156,6 @@ REFUSED = {
         heads_apart(lambda o, w: torch.einsum("bhqd,de->bhqe", o, w[:HEAD_DIM])),
         Reason.OUTPUT_AXES,
     ),
-    "computed weight": (
-        heads_apart(lambda o, w: torch.einsum("bhqd,hde->bqe", o, (w * 2).view(*WEIGHTS))),
-        Reason.OUTPUT_OP,
-    ),
 }
 
 
@@ -178,4 +174,4 @@ def test_an_einsum_over_merged_heads_is_a_linear_layer():
     graph = captured(fn, *qkv(), capture.weight())
     spell_out_einsums(graph)
     ((site,), ()) = match_sites(graph)
-    assert not site.projection.in_out and site.projection.weight_axes == ()
+    assert not site.projection.matrix.in_out and site.projection.matrix.axes == ()

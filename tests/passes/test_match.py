@@ -36,7 +36,8 @@ def facts(found):
     ]
     for facts, site in zip(read, sites, strict=True):
         del facts["name"]  # a node's, where there is no module
-        facts["projection"] = (site.projection.in_out, site.projection.gated)
+        facts["terms"] = len(site.terms)
+        facts["projection"] = (site.projection.matrix.in_out, site.projection.gated)
     return read, [rejection.reason for rejection in rejections]
 
 
