@@ -164,7 +164,7 @@ class OptimizedForward:
         # An encoder's entries are cut at the first call, be it of one token.
         least = 1 if fresh and self.config.cross_attention else 2
         cutting = q_len >= least and (fresh or self._cuts_again(cache))
-        with room.writing(cache, q_len, cutting=cutting):
+        with room.writing(cache, self.model, q_len, cutting=cutting):
             result, plan = self._run(tokens, cache, fresh, cutting, args, kwargs)
         if plan is not None:
             room.settle(cache, plan, self.config.window_size)
@@ -253,7 +253,6 @@ class OptimizedForward:
                 cache = kwargs["past_key_values"] = room.cache_for(self.model)
         cache = room.self_attention_of(cache)
         room.adopt(cache)
-        room.make_layers(cache, self.model)
         return cache
 
     def _plan(

@@ -81,7 +81,7 @@ def test_a_step_leaves_the_buffer_where_it_is(half):
 
 
 @pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("lowering", ["eager", "aot_eager"])
+@pytest.mark.parametrize("lowering", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
 def test_both_forms_give_the_same_tokens(lowering, padded):
     model = ckv_compile.optimize(tiny(), 0.5, lowering=lowering)
     ids, mask = prompt(90, batch=2), torch.ones(2, 90).long()

@@ -95,7 +95,9 @@ def test_a_padded_row_generates_what_it_generates_alone(model, lengths, budget):
         assert torch.equal(out.sequences[row, 90:], tokens[0]), (row, length)
 
 
-@pytest.mark.parametrize("lowering", ["aot_eager", "inductor"])
+@pytest.mark.parametrize(
+    "lowering", [pytest.param("aot_eager", marks=pytest.mark.slow), "inductor"]
+)
 def test_a_compiled_padded_batch_generates_the_same(lowering):
     """Masks, row budgets and the cache's gap as inputs of generated code; two turns."""
     model = ckv_compile.optimize(tiny(), 0.5, lowering=lowering)

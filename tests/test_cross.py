@@ -119,6 +119,7 @@ def test_budget_1_and_default_leave_it_whole(plain):
     assert torch.equal(generated(whole, text()).sequences, wanted)
     default = ckv_compile.optimize(copy.deepcopy(plain), 0.5, **OPTIONS)
     assert torch.equal(generated(default, text()).sequences, wanted)
+    generated(default, text(), decoder_input_ids=text(3))
     reasons = {row.reason for row in ckv_compile.explain(default).rejections}
     assert "CROSS_ATTENTION" in reasons
 

@@ -123,8 +123,10 @@ def test_a_short_text_ends_with_one_line(folder: Path, tmp_path: Path) -> None:
 
 def assert_one_line(code: object, stderr: str, message: str) -> None:
     assert code == 2, stderr
-    assert len(stderr.splitlines()) == 1, stderr
-    assert re.match(f"needle.py: error: {message}", stderr), stderr
+    # Packages that transformers imports where they are installed may say things of their own.
+    ours = [line for line in stderr.splitlines() if line.startswith("needle.py")]
+    assert len(ours) == 1 and "Traceback" not in stderr, stderr
+    assert re.match(f"needle.py: error: {message}", ours[0]), stderr
 
 
 def test_the_table_has_a_row_for_each_budget(folder: Path, text: Path) -> None:

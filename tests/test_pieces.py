@@ -50,7 +50,9 @@ def test_pieces_leave_what_the_oracle_leaves(half, size):
     assert cache.layers[0].held == HALF.entries(seen) == EvictionConfig(budget=0.5).entries(seen)
 
 
-@pytest.mark.parametrize("lowering", ["aot_eager", "inductor"])
+@pytest.mark.parametrize(
+    "lowering", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
+)
 def test_compiled_pieces_cost_three_graphs(lowering):
     """One for a first piece, one for a later one, one for a token; whatever their lengths."""
     model = ckv_compile.optimize(tiny(), 0.5, lowering=lowering)

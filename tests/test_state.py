@@ -221,10 +221,12 @@ def test_low_precision_keeps_what_float32_keeps(dtype, norm, heads):
         shapes = (2, heads, 120, 16), (2, 2, 120, 16), (2, 2, 120, 16), (64, heads * 16)
         q, k, v, w = (torch.randn(*shape, generator=generator) for shape in shapes)
         q, k, v, w = (x.to(dtype) for x in (q, 2 * k, 3000 * v, w))  # norms beyond float16
-        kept, _ = EvictKV(config, in_out=False, from_config=True)(q, k, v, w)
+        kept, *_ = EvictKV(config, in_out=False, from_config=True)(q, k, v, w)
         same = (kept[:, :, :, None] == k[:, :, None]).all(-1)
         assert kept.dtype == dtype and bool((same.sum(-1) == 1).all())
-        module = mock.Mock(o_proj=mock.Mock(weight=w.float()))
+        projection = torch.nn.Linear(heads * 16, 64, bias=False)
+        projection.weight = torch.nn.Parameter(w.float())
+        module = mock.Mock(o_proj=projection)
         oracle = eager.Recorded(module, q.float(), k.float(), v.float(), None)
         assert torch.equal(same.int().argmax(-1), oracle.keep(config, 120))
 

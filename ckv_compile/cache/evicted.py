@@ -112,7 +112,7 @@ def adopt(cache: Any, max_new_tokens: int | None = None) -> None:
         cache.layer_class_to_replicate = made
 
 
-def make_layers(cache: Any, model: Any) -> None:
+def _make_layers(cache: Any, model: Any) -> None:
     """Make the layers of an empty cache now: those made in mid-call hear of no plan.
 
     Only full-attention layers are made as they are used, whatever the model's configuration says.
@@ -159,7 +159,7 @@ def _share_sizes(cache: Any) -> None:
 
 
 @contextlib.contextmanager
-def writing(cache: Any, q_len: int, *, cutting: bool) -> Iterator[None]:
+def writing(cache: Any, model: Any, q_len: int, *, cutting: bool) -> Iterator[None]:
     """Around a call that brings ``q_len`` tokens: room before it, and on an error no trace of it.
 
     Args:
@@ -168,6 +168,7 @@ def writing(cache: Any, q_len: int, *, cutting: bool) -> Iterator[None]:
     layers = list(cache.layers)
     before = [dict(vars(layer)) for layer in layers]
     try:
+        _make_layers(cache, model)
         for layer in evicted_layers(cache):
             layer.call = "cut" if cutting else "append"
             layer.reserve(q_len)

@@ -96,8 +96,8 @@ def _site_of(
     if latents is not None:
         cache_key, cache_value = latents
     else:
-        cache_key = _cached(gm, attention.key, Reason.KEY_AXES, q_len)
-        cache_value = _cached(gm, attention.value, Reason.VALUE_AXES, q_len)
+        cache_key = _cached(gm, attention.key, Reason.KEY_AXES)
+        cache_value = _cached(gm, attention.value, Reason.VALUE_AXES)
     num_key_value_heads, kv_len = cache_key.shape[1], cache_key.shape[2]
     if cache_value.shape[1] != num_key_value_heads or heads % num_key_value_heads:
         detail = f"{heads} heads over {num_key_value_heads} K and {cache_value.shape[1]} V heads"
@@ -150,7 +150,8 @@ def _cross(
     site: AttentionSite, attention: Attention, tokens: Node | None, wanted: bool
 ) -> AttentionSite:
     """The site, as one of cross-attention if its K and V are an encoder's."""
-    asks = tokens is not None and tokens in upstream([site.query])
+    # What is written in place does not show of which tokens it is made.
+    asks = bool(site.key_outputs) and tokens is not None and tokens in upstream([site.query])
     if not asks or tokens in upstream([site.cache_key]):
         return site
     source = site.cache_key.name
@@ -160,7 +161,7 @@ def _cross(
     if attention.is_causal or not all(vocab.is_zeros(part) for part in parts):
         detail = f"a mask hides some of {source}, and would not fit what is kept of it"
         raise _Refused(site.sdpa, Reason.CROSS_ATTENTION, detail)
-    if not (site.key_outputs and site.value_outputs) or site.latent:
+    if not site.value_outputs or site.latent:
         raise _Refused(site.sdpa, Reason.CROSS_ATTENTION, f"{source} is not returned")
     return dataclasses.replace(site, phase="cross", mask_kind="none", biases=())
 
@@ -217,7 +218,7 @@ def _is_buffer(root: Node) -> bool:
     return _is_written(source if vocab.is_slice_of(root, source) else root)
 
 
-def _cached(gm: GraphModule, operand: Node, axes: Reason, q_len: Any) -> _Cached:
+def _cached(gm: GraphModule, operand: Node, axes: Reason) -> _Cached:
     """The tensor above ``operand`` that the graph returns, before any repetition over groups."""
     returned = vocab.outputs_of(gm)
     chain = chain_above(operand)
@@ -232,13 +233,6 @@ def _cached(gm: GraphModule, operand: Node, axes: Reason, q_len: Any) -> _Cached
             if vocab.is_slice_of(user, node) and user in returned:
                 detail = f"the cache keeps {user.name}, a slice of {node.name}"
                 raise _Refused(operand, Reason.SLIDING_WINDOW, detail)
-    root = chain[-1]
-    # One as long as the queries is no encoder's, but a K that the caller made and keeps.
-    shape = vocab.shape_of(root) or ()
-    other = len(shape) == 4 and not vocab.known(shape[2] == q_len)
-    if root.op == "placeholder" and other and not vocab.is_parameter(root):
-        detail = f"attention reads {root.name}, which the call leaves as it is"
-        raise _Refused(operand, Reason.CROSS_ATTENTION, detail)
     detail = f"the graph returns neither {operand.name} nor what it is made of"
     raise _Refused(operand, Reason.CACHE_NOT_FOUND, detail)
 

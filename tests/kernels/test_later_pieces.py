@@ -92,7 +92,7 @@ def test_evict_kv(piece: dict[str, Any], method: str, data: st.DataObject) -> No
         junk = torch.arange(gap * batch).reshape(batch, gap) % 2
         padding = torch.cat([junk, real.long()], dim=1)
     args = (piece["query"], piece["key"], piece["value"], piece["weight"])
-    key, value = EvictKV(config, False, False)(
+    key, value, _ = EvictKV(config, False, False)(
         *args, None, None, torch.empty(budget), padding, row_budgets, torch.empty(gap + 2, 0)
     )
     scores = reference.window_attention(*args[:2], None, 4, 3, None, real)
