@@ -6,10 +6,13 @@ The oracle is the unmodified model over its full cache, its attention made not t
 from __future__ import annotations
 
 import copy
+import functools
+from unittest import mock
 
 import pytest
 import torch
 from families import generated
+from transformers import DynamicCache, EncoderDecoderCache
 
 import ckv_compile
 from ckv_compile import EvictedCache
@@ -108,18 +111,33 @@ def test_positions_are_saved_and_loaded(model, tmp_path):
     assert torch.equal(fed(model, loaded, step)[0], fed(model, cache, step)[0])
 
 
-def test_a_fixed_cache_gives_the_same_tokens():
-    """Unused slots have positions as well, behind those in use; MPT slices a table of biases."""
-    model = ckv_compile.optimize(build("causal", "mpt"), 0.5, window_size=8, lowering="eager")
-    growing = generated(model, prompt(), 6).sequences
-    cache = EvictedCache(max_new_tokens=8)
-    assert torch.equal(generated(model, prompt(), 6, past_key_values=cache).sequences, growing)
+def test_a_fixed_cache_gives_the_same():
+    """Unused slots have positions as well, behind those in use."""
+    model = build("seq2seq", "t5")
+    ckv_compile.optimize(model, 0.5, window_size=8, lowering="eager")
+
+    def steps(**options):
+        with mock.patch.object(check, "STEPS", 6):
+            return check._generate(model, prompt(), **options)
+
+    growing = steps()
+    both = [EvictedCache(max_new_tokens=8), DynamicCache()]
+    with mock.patch.object(
+        model,
+        "generate",
+        functools.partial(model.generate, past_key_values=EncoderDecoderCache(*both)),
+    ):
+        fixed = steps()
+    assert both[0].layers[0].filled is not None and both[0].layers[0].positions is not None
+    assert same(fixed.logits, growing.logits)
 
 
-def test_a_bias_of_the_mask_cannot_be_had_for_a_fixed_cache(model):
-    """Slots that are not in use need a mask, and Bloom computes its bias from that."""
+@pytest.mark.parametrize("name", ["bloom", "mpt"])
+def test_where_a_fixed_cache_cannot_have_its_bias_it_is_an_error(name):
+    """Bloom computes it from the mask of the slots, MPT behind a graph break of its own."""
+    model = ckv_compile.optimize(build("causal", name), 0.5, window_size=8, lowering="eager")
     cache = EvictedCache(max_new_tokens=8)
-    with pytest.raises(Exception, match="cannot be had for a cache that is cut"):
+    with pytest.raises(Exception, match="the bias cannot be had for a cache that is cut"):
         generated(model, prompt(), 6, past_key_values=cache)
 
 
@@ -157,6 +175,15 @@ def test_the_unoptimised_model_cannot_continue(plain, model):
     """It would add the bias of slot numbers, silently."""
     with pytest.raises(RuntimeError, match="bias by position"):
         fed(plain, cut(model), torch.tensor([[5]]))
+
+
+def test_an_attention_that_is_not_read_later_is_an_error(plain, monkeypatch):
+    """What was read in the prefill may look otherwise in a step: never go on with a wrong bias."""
+    model = ckv_compile.optimize(copy.deepcopy(plain), 0.5, window_size=8, lowering="eager")
+    cache = cut(model)
+    monkeypatch.setattr("ckv_compile.passes.bias.find_attentions", lambda gm: [])
+    with pytest.raises(Exception, match=r"attention over .* is not read"):
+        fed(model, cache, torch.tensor([[5]]))
 
 
 @pytest.mark.slow

@@ -76,8 +76,8 @@ def wrong_with(bias: Bias, batch: Any, heads: int, q_len: Any, kv_len: Any) -> s
             return f"bias {bias.node.name} is {tuple(shape)} for {tuple(wanted)}"
     for node in upstream([bias.node]):
         value = vocab.value_of(node)
-        # What else comes into the graph may hide pads, or change with the cache.
-        outside = node.op == "placeholder" and isinstance(value, torch.Tensor)
+        # What else comes into the graph may hide pads, or change with the cache; a number cannot.
+        outside = node.op == "placeholder" and isinstance(value, torch.Tensor) and value.dim() > 0
         if outside and not vocab.is_parameter(node):
             return f"bias {bias.node.name} is computed from {node.name}"
     return ""
@@ -96,15 +96,22 @@ def place_biases(gm: GraphModule) -> None:
     ]
     if not markers:
         return
-    for attention in find_attentions(gm):
-        if not isinstance(attention, Attention):
-            continue
-        chain = chain_above(attention.key)
-        for marker in markers:
-            if marker.args[0] in chain:
-                _place(gm, attention, *marker.args[1:])
+    read = [one for one in find_attentions(gm) if isinstance(one, Attention)]
     for marker in markers:
+        key, positions, seen = marker.args
+        found = [attention for attention in read if key in chain_above(attention.key)]
+        if not found:
+            raise NotImplementedError(_impossible(f"attention over {key} is not read"))
+        for attention in found:
+            _place(gm, attention, positions, seen)
         gm.graph.erase_node(marker)
+
+
+def _impossible(why: str) -> str:
+    return (
+        f"ckv_compile: {why}: the bias cannot be had for a cache that is cut; "
+        "call this model with budget=1.0"
+    )
 
 
 def _place(gm: GraphModule, attention: Attention, positions: Node, seen: Any) -> None:
@@ -143,10 +150,7 @@ def _placed(
         if not bool((vocab.shape_of(whole[bias]) or (0,))[-1] == total):
             wrong = f"bias {bias.name} does not follow the length of the cache"
     if wrong:
-        raise NotImplementedError(
-            f"ckv_compile: {wrong}: it cannot be had for a cache that is cut; "
-            "call this model with budget=1.0"
-        )
+        raise NotImplementedError(_impossible(wrong))
     name = f"ckv_bias_{len([n for n, _ in gm.named_children() if n.startswith('ckv_bias_')])}"
     module = BiasAt(heads, term.merged)
     gm.add_submodule(name, module)
