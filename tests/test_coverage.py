@@ -13,14 +13,12 @@ from ckv_compile.coverage import runner
 from ckv_compile.coverage.tiny import architectures, build
 
 SAMPLE = [
-    ("causal", "gpt2", checks.RIGHT),
-    ("causal", "gptj", checks.RIGHT),
-    ("causal", "deepseek_v3", checks.RIGHT),
-    ("causal", "qwen3_next", checks.RIGHT),
-    ("causal", "bloom", checks.ALONE),
-    ("causal", "falcon_mamba", checks.ALONE),
-    ("seq2seq", "bart", checks.RIGHT),
-    ("seq2seq", "t5", checks.ALONE),
+    *(("causal", name, checks.RIGHT) for name in ("gpt2", "gptj", "codegen", "ctrl", "biogpt")),
+    *(("causal", name, checks.RIGHT) for name in ("bloom", "mpt", "gpt_oss", "xglm", "beam")),
+    *(("causal", name, checks.RIGHT) for name in ("afmoe", "deepseek_v3", "qwen3_next", "gemma2")),
+    *(("causal", name, checks.ALONE) for name in ("bitnet", "diffllama", "falcon_mamba")),
+    *(("seq2seq", name, checks.RIGHT) for name in ("bart", "marian", "led", "mt5", "t5", "plbart")),
+    *(("seq2seq", name, checks.ALONE) for name in ("fsmt", "nllb-moe")),
 ]
 
 

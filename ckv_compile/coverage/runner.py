@@ -93,6 +93,7 @@ def table(results: list[Result]) -> str:
     import transformers
 
     parts = [_INTRO.format(version=transformers.__version__)]
+    parts.append(f"{len(results)} of {len(architectures())} architectures have been checked.\n")
     parts.append("| | " + " | ".join((RIGHT, ALONE, WRONG, NOT_RUN)) + " |\n|---|---|---|---|---|")
     for kind in (CAUSAL, SEQ2SEQ):
         counts = Counter(r.status for r in results if r.kind == kind)
