@@ -66,7 +66,7 @@ def answers(model, texts):
 
 
 @pytest.mark.parametrize("budgets", [(0.3, 0.6), (0.5, 0.5)], ids=["two models", "one model"])
-@pytest.mark.parametrize("warm", [True, False])
+@pytest.mark.parametrize("warm", [pytest.param(True, marks=pytest.mark.slow), False])
 @pytest.mark.filterwarnings("error:ckv_compile. the recompile limit")
 def test_two_threads_get_what_each_gets_alone(budgets, warm):
     """Budgets of the process or the model would mix; code of one model would serve the other."""
