@@ -80,7 +80,7 @@ def test_a_step_leaves_the_buffer_where_it_is(half):
     assert cache.layers[0]._keys.shape[2] == 2 * _BLOCK
 
 
-@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("padded", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("lowering", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
 def test_both_forms_give_the_same_tokens(lowering, padded):
     model = ckv_compile.optimize(tiny(), 0.5, lowering=lowering)

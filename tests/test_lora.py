@@ -180,6 +180,7 @@ def test_an_adapter_whose_numbers_change_is_read_anew():
     assert ckv_compile.explain(model).graphs == graphs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mixed", [False, True], ids=["dora", "an adapter for each row"])
 def test_other_adapters_are_refused_and_the_value_alone_does(mixed):
     """DoRA divides by the norm of its sum; adapters for rows are other matrices for each."""

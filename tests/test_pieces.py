@@ -50,9 +50,8 @@ def test_pieces_leave_what_the_oracle_leaves(half, size):
     assert cache.layers[0].held == HALF.entries(seen) == EvictionConfig(budget=0.5).entries(seen)
 
 
-@pytest.mark.parametrize(
-    "lowering", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("lowering", ["aot_eager", "inductor"])
 def test_compiled_pieces_cost_three_graphs(lowering):
     """One for a first piece, one for a later one, one for a token; whatever their lengths."""
     model = ckv_compile.optimize(tiny(), 0.5, lowering=lowering)

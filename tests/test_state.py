@@ -124,7 +124,10 @@ def check_accident(model, cache, ids, accident, **inputs):
 
 
 @pytest.mark.parametrize("accident", [RuntimeError, KeyboardInterrupt])
-@pytest.mark.parametrize("options", [{}, FIXED], ids=["growing", "fixed"])
+@pytest.mark.parametrize(
+    "options",
+    [pytest.param({}, id="growing"), pytest.param(FIXED, id="fixed", marks=pytest.mark.slow)],
+)
 @pytest.mark.parametrize("seen, n, pads", [(0, 90, 0), (90, 91, 10), (40, 90, 0)])
 def test_an_accident_leaves_no_trace(fragile, accident, options, seen, n, pads, monkeypatch):
     """The first layer would hold tokens that the second has not seen: all that follows is wrong."""
