@@ -251,7 +251,7 @@ def _signature(
     program: ExportedProgram, gm: GraphModule, inserted: Sequence[Inserted]
 ) -> ExportGraphSignature:
     """The program's signature with the names of the new outputs."""
-    cut = {i for one in inserted for i in (*one.site.key_outputs, *one.site.value_outputs)}
+    cut = {i for one in inserted for i in one.outputs}
     specs = [
         dataclasses.replace(spec, arg=TensorArgument(name=node.name)) if i in cut else spec
         for i, (spec, node) in enumerate(

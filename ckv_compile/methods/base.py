@@ -45,27 +45,13 @@ class ScoreInputs:
     def window_attention(self) -> Tensor:
         """Pooled mean attention of the observation window, ``[B, Hkv, K]``."""
         config = self.config
-        if self.cross:
-            return cross_attention(
-                self.query,
-                self.key,
-                self.scale,
-                config.window_size,
-                config.kernel_size,
-                self.softcap,
-                self.sinks,
-            )
-        return window_attention(
-            self.query,
-            self.key,
-            self.scale,
-            config.window_size,
-            config.kernel_size,
-            self.softcap,
-            self.real,
-            self.bias,
-            self.sinks,
+        operands, pooling = (
+            (self.query, self.key, self.scale),
+            (config.window_size, config.kernel_size),
         )
+        if self.cross:
+            return cross_attention(*operands, *pooling, self.softcap, self.sinks)
+        return window_attention(*operands, *pooling, self.softcap, self.real, self.bias, self.sinks)
 
     def projected_norm(self) -> Tensor:
         """``||v_i W_O||``, mean over the group, ``[B, Hkv, K]``; ``||v_i||`` if norm="value"."""

@@ -111,7 +111,7 @@ def _eager(softmax: Node) -> Attention | Rejection | None:
             raise _Unread("the column that is dropped of its weights is not that of the sinks")
         return Attention(
             anchor=softmax,
-            output=_of_four(product, downwards=True),
+            output=_viewed_as_four(product),
             query=_of_four(logits.query),
             key=_of_four(logits.key),
             value=_of_four(product.args[1]),
@@ -181,10 +181,7 @@ class _Logits:
         scaled = vocab.scaling_of(node)
         if scaled is not None:
             above, factor, divides = scaled
-            if isinstance(factor, Node):
-                factors.append((factor, divides))
-            else:
-                factors.append(1 / factor if divides else factor)
+            factors.append(_factor(factor, divides))
             return above
         if vocab.is_add(node):
             return self._add(node, scaled=bool(factors))
@@ -300,16 +297,20 @@ def _merges_heads(node: Node) -> bool:
     return product and all(vocab.known(three[i] == four[i + 1]) for i in (1, 2))
 
 
-def _of_four(node: Any, *, downwards: bool = False) -> Any:
+def _viewed_as_four(product: Node) -> Node:
+    """Where a product ``[B*H, Q, D]`` becomes ``[B, H, Q, D]``; one of four dimensions is it."""
+    if len(vocab.shape_of(product) or ()) != 3:
+        return product
+    user = _only_user(product)
+    if user is None or not _merges_heads(user):
+        raise _Unread(f"{product.name} is not viewed as [B, H, Q, D]")
+    return user
+
+
+def _of_four(node: Any) -> Any:
     """``[B, H, Q, D]`` of what is seen as ``[B*H, Q, D]``; whatever has four dimensions is it."""
     while isinstance(node, Node) and len(vocab.shape_of(node) or ()) == 3:
-        op = vocab.layout_op_of(node)
-        if downwards:
-            user = _only_user(node)
-            if user is None or not _merges_heads(user):
-                raise _Unread(f"{node.name} is not viewed as [B, H, Q, D]")
-            return user
-        if op is None or not (op.kind == "keep" or _merges_heads(node)):
+        if not _keeps(node):
             raise _Unread(f"{node.name} is not made of [B, H, Q, D]")
         node = node.args[0]
     return node
@@ -337,11 +338,14 @@ def _factors(node: Any) -> tuple[Any, list[_Factor]]:
     factors: list[_Factor] = []
     while isinstance(node, Node) and (scaled := vocab.scaling_of(node)) is not None:
         node, factor, divides = scaled
-        if isinstance(factor, Node):
-            factors.append((factor, divides))
-        else:
-            factors.append(1 / factor if divides else factor)
+        factors.append(_factor(factor, divides))
     return node, factors
+
+
+def _factor(factor: Any, divides: bool) -> _Factor:
+    if isinstance(factor, Node):
+        return factor, divides
+    return 1 / factor if divides else factor
 
 
 def _product(factors: list[_Factor]) -> Node | float | None:

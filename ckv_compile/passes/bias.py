@@ -89,11 +89,7 @@ def place_biases(gm: GraphModule) -> None:
     Raises:
         NotImplementedError: a bias cannot be computed for the tokens that are no longer held.
     """
-    markers = [
-        node
-        for node in gm.graph.nodes
-        if node.target in (torch.ops.ckv_compile.positions, torch.ops.ckv_compile.positions.default)
-    ]
+    markers = [node for node in gm.graph.nodes if vocab.is_ours(node, "positions")]
     if not markers:
         return
     read = [one for one in find_attentions(gm) if isinstance(one, Attention)]
@@ -162,9 +158,9 @@ def _placed(
 
 def _copy(gm: GraphModule, node: Node, new: dict[Node, Any], before: Node) -> None:
     """Copy what of ``node``'s cone depends on the keys of ``new``, and map ``node`` in it."""
-    affected = {n for n in upstream([node]) if n in new or upstream([n]) & new.keys()}
-    for one in gm.graph.nodes:
-        if one in affected and one not in new:
+    cone = upstream([node])
+    for one in gm.graph.nodes:  # operands come first
+        if one in cone and one not in new and any(above in new for above in one.all_input_nodes):
             with gm.graph.inserting_before(before):
                 copied = gm.graph.node_copy(one, lambda n: new.get(n, n))
             vocab.annotate(copied, vocab.called(copied), like=one)

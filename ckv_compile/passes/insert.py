@@ -112,10 +112,7 @@ def take_capacity(gm: GraphModule) -> Capacity | None:
     """Remove the capacity marker from the graph and say what it marked."""
     found: Capacity | None = None
     for node in list(gm.graph.nodes):
-        if node.op == "call_function" and node.target in (
-            torch.ops.ckv_compile.capacity,
-            torch.ops.ckv_compile.capacity.default,
-        ):
+        if vocab.is_ours(node, "capacity"):
             positions = {} if found is None else found.positions
             marked: dict[str, Any] = dict(zip(_MARKED, node.args, strict=False))
             found = Capacity(**marked, positions=positions)
@@ -149,10 +146,8 @@ def without_uncounted(
     for site in sites:
         reason, detail = None, ""
         placed = capacity is not None and site.cache_key in capacity.positions
+        # Of cross-attention nothing is asked: an encoder's entries are no tokens of the decoder.
         cut = site.phase == phase_of(capacity)
-        if site.phase == "cross":  # an encoder's entries are no tokens of the decoder
-            left.append(site)
-            continue
         if cut and rows.strict and not rows.fits(site):
             reason = Reason.UNCOUNTED_TOKENS
             came_in = vocab.shape_of(rows.tokens) or "others"
@@ -245,7 +240,7 @@ def _insert(
             kwargs["adapters"] = adapters
         node = graph.call_module(name, args, kwargs)
     vocab.annotate(node, module, like=site.sdpa)
-    outputs = outputs_for(site, capacity)
+    outputs = _outputs_for(site, capacity)
     parts: dict[int, Node] = {}
     for part in sorted(set(outputs.values()), reverse=True):
         with graph.inserting_after(node):
@@ -255,7 +250,7 @@ def _insert(
     return Inserted(site, node, module, outputs)
 
 
-def outputs_for(site: AttentionSite, capacity: Capacity | None) -> dict[int, int]:
+def _outputs_for(site: AttentionSite, capacity: Capacity | None) -> dict[int, int]:
     """Which output of the graph becomes which one of the eviction: K, V or the positions."""
     outputs = dict.fromkeys(site.key_outputs, 0) | dict.fromkeys(site.value_outputs, 1)
     if site.biases and capacity is not None:

@@ -177,8 +177,9 @@ def only_sizes(node: Node) -> bool:
     return layout_op_of(node) is not None or name_of(node) in _CONSTANTS
 
 
-def is_ours(node: Node) -> bool:
-    return name_of(node).startswith("ckv_compile::")
+def is_ours(node: Node, op: str = "") -> bool:
+    """Whether ``node`` calls an op of this package: that one, or any."""
+    return name_of(node).startswith(f"ckv_compile::{op}")
 
 
 def is_decomposed_attention(node: Node) -> bool:
