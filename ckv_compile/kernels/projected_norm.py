@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import weakref
+
 import torch
 from torch import Tensor
 
-# Bytes of the intermediate [rows, E]: it stays in a core's L2 cache on a CPU and in memory bounds
-# on a GPU, however long the prompt is.
-_BLOCK_BYTES = {"cpu": 1 << 20, "other": 1 << 26}
+# Rows and columns of the block in which products are made: 1 MiB, which stays in a core's L2 cache.
+_ROWS, _COLUMNS = 256, 1024
 
 
 def projected_norm(
-    value: Tensor, weight: Tensor | None, in_out: bool, heads: int, norm: str
+    value: Tensor,
+    weight: Tensor | None,
+    in_out: bool,
+    heads: int,
+    norm: str,
+    triton: bool = False,
 ) -> Tensor:
     """Twin of :func:`ckv_compile.kernels.reference.projected_norm`, traceable.
 
@@ -20,16 +26,27 @@ def projected_norm(
         weight: ``[E, H*Dv]``, or ``[H*Dv, E]`` if ``in_out``; None for norm="value".
         heads: H, the number of query heads.
         norm: "l1" or "l2"; or "value", the L1 norm of the value as it is.
+        triton: whether the device has Triton's kernels.
 
     Returns:
-        ``[B, Hkv, K]`` float32, the mean over the query heads of a group.
+        ``[B, Hkv, K]`` float32, the mean over the query heads of a group. "l2" is
+        ``sqrt(v G v^T)`` with the Gram matrix ``G = W W^T``: no product as wide as E.
     """
     if norm == "value":
         return value.float().abs().sum(-1)
     assert weight is not None
-    if norm == "l2":
-        return _l2(value, weight, in_out, heads)
-    return torch.ops.ckv_compile.projected_norm_l1(value, weight, in_out, heads)
+    quadratic = norm == "l2"
+    if triton:
+        from .gpu import projected_norm as gpu
+
+        # Made in each call: a kept one would have to be checked on the host, and it costs
+        # head_dim / kv_len of what the output projection does.
+        if quadratic:
+            weight, in_out = gram_of(weight, in_out, heads), True
+        return gpu.projected_norm(value, weight, in_out, heads, quadratic)
+    if quadratic:
+        weight, in_out = torch.ops.ckv_compile.gram(weight, in_out, heads), True
+    return torch.ops.ckv_compile.projected_norm(value, weight, in_out, heads, quadratic)
 
 
 def _per_head(weight: Tensor, in_out: bool, heads: int) -> Tensor:
@@ -39,41 +56,73 @@ def _per_head(weight: Tensor, in_out: bool, heads: int) -> Tensor:
     return weight.reshape(weight.shape[0], heads, -1).permute(1, 2, 0)
 
 
-def _l2(value: Tensor, weight: Tensor, in_out: bool, heads: int) -> Tensor:
-    """``||v W|| = sqrt(v G v^T)`` with the Gram matrix ``G = W W^T``: no product as wide as E."""
-    kv_heads, head_dim = value.shape[1], value.shape[3]
-    groups = heads // kv_heads
+def gram_of(weight: Tensor, in_out: bool, heads: int) -> Tensor:
+    """``W W^T`` of each head, ``[H*Dv, Dv]`` float32."""
     per_head = _per_head(weight, in_out, heads).float()
-    gram = per_head @ per_head.transpose(-1, -2)  # [H, Dv, Dv]
-    gram = gram.reshape(kv_heads, groups, head_dim, head_dim)
-    rows = value.float()[:, :, None]  # [B, Hkv, 1, K, Dv]
-    squared = ((rows @ gram) * rows).sum(-1)  # [B, Hkv, G, K]
-    # Rounding may leave a tiny negative number where the norm is zero.
-    return squared.clamp(min=0).sqrt().mean(2)
+    return (per_head @ per_head.transpose(-1, -2)).flatten(0, 1)
 
 
-@torch.library.custom_op("ckv_compile::projected_norm_l1", mutates_args=())
-def _l1(value: Tensor, weight: Tensor, in_out: bool, heads: int) -> Tensor:
+# By the weight's id: a weak reference, what it looked like, its Gram matrix.
+_GRAMS: dict[int, tuple[weakref.ref[Tensor], tuple[object, ...], Tensor, Tensor]] = {}
+
+
+@torch.library.custom_op("ckv_compile::gram", mutates_args=())
+def _gram(weight: Tensor, in_out: bool, heads: int) -> Tensor:
+    # Kept for as long as the weight lives and is the same: it is made once for all prompts. A
+    # write through `.data` (an adapter being merged) leaves the version as it was, so a sample of
+    # the numbers is compared as well.
+    if weight.is_inference():  # has no version
+        return gram_of(weight, in_out, heads)
+    state = (weight._version, weight.data_ptr(), weight.stride(), in_out, heads)
+    flat = weight.detach().reshape(-1) if weight.is_contiguous() else weight.detach().flatten()
+    sample = flat[:: max(flat.numel() // 1024, 1)].clone()
+    held = _GRAMS.get(id(weight))
+    known = held is not None and held[0]() is weight and held[1] == state
+    if held is not None and known and torch.equal(held[2], sample):
+        return held[3].clone()
+    gram = gram_of(weight.detach(), in_out, heads)
+    key = id(weight)
+    gone = weakref.ref(weight, lambda _: _GRAMS.pop(key, None))
+    _GRAMS[key] = (gone, state, sample, gram)
+    return gram.clone()
+
+
+@_gram.register_fake
+def _(weight: Tensor, in_out: bool, heads: int) -> Tensor:
+    features = weight.shape[0 if in_out else 1]
+    return weight.new_empty((features, features // heads), dtype=torch.float32)
+
+
+@torch.library.custom_op("ckv_compile::projected_norm", mutates_args=())
+def _projected_norm(
+    value: Tensor, weight: Tensor, in_out: bool, heads: int, quadratic: bool
+) -> Tensor:
     # An op of ours, opaque to the compiler: Inductor does not fuse a reduction into a product and
     # would write the whole [B, H, K, E] to memory first. Here only a block of it ever exists.
     batch, kv_heads, kv_len, _ = value.shape
-    groups, hidden_size = heads // kv_heads, weight.shape[1 if in_out else 0]
+    groups, width = heads // kv_heads, weight.shape[1 if in_out else 0]
     norms = torch.zeros(batch, kv_heads, kv_len, dtype=torch.float32, device=value.device)
     per_head = _per_head(weight, in_out, heads)
-    block_bytes = _BLOCK_BYTES["cpu" if value.device.type == "cpu" else "other"]
-    block = max(block_bytes // (4 * hidden_size), 16)
-    buffer = torch.empty(block, hidden_size, dtype=torch.float32, device=value.device)
+    buffer = torch.empty(_ROWS * min(width, _COLUMNS), dtype=torch.float32, device=value.device)
     for h in range(heads):
-        rows = per_head[h].float()  # [Dv, E]
+        matrix = per_head[h].float()  # [Dv, E]
         for b in range(batch):
-            for start in range(0, kv_len, block):
-                part = value[b, h // groups, start : start + block].float()
-                out = buffer[: part.shape[0]]
-                torch.mm(part, rows, out=out)
-                norms[b, h // groups, start : start + block] += out.abs_().sum(-1)
+            for start in range(0, kv_len, _ROWS):
+                rows = value[b, h // groups, start : start + _ROWS].float()
+                norm = norms[b, h // groups, start : start + _ROWS]
+                if quadratic:
+                    product = buffer[: rows.shape[0] * width].view(-1, width)
+                    squared = torch.mm(rows, matrix, out=product).mul_(rows).sum(-1)
+                    # Rounding may leave a tiny negative number where the norm is zero.
+                    norm += squared.clamp_(min=0).sqrt_()
+                    continue
+                for column in range(0, width, _COLUMNS):
+                    part = matrix[:, column : column + _COLUMNS]
+                    product = buffer[: rows.shape[0] * part.shape[1]].view(-1, part.shape[1])
+                    norm += torch.mm(rows, part, out=product).abs_().sum(-1)
     return norms.div_(groups)
 
 
-@_l1.register_fake
-def _(value: Tensor, weight: Tensor, in_out: bool, heads: int) -> Tensor:
+@_projected_norm.register_fake
+def _(value: Tensor, weight: Tensor, in_out: bool, heads: int, quadratic: bool) -> Tensor:
     return value.new_empty(value.shape[:3], dtype=torch.float32)

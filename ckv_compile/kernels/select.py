@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..config import exact_share
+from .window_attention import window_of
 
 
 def select(
@@ -19,6 +20,7 @@ def select(
     epsilon: float,
     real: Tensor | None = None,
     row_budgets: Tensor | None = None,
+    triton: bool = False,
 ) -> Tensor:
     """Twin of :func:`ckv_compile.kernels.reference.select`, ``budget`` int or SymInt.
 
@@ -29,6 +31,7 @@ def select(
         real: ``[B, K]`` bool, False at pads; None for no pads.
         row_budgets: ``[B]`` int64, entries that each row keeps of its real ones, at most
             ``budget``; None for ``budget``.
+        triton: whether the device has Triton's kernels.
 
     Returns:
         ``[B, Hkv, budget]`` int64, ascending: the window by construction, then stage 1 by
@@ -37,11 +40,22 @@ def select(
         them in its last slots, and position 0 before; at a budget of K all stay where they are.
     """
     # As a fraction: a float product could land on the wrong side of floor(ratio * budget).
-    ratio = exact_share(first_stage_ratio)
-    return torch.ops.ckv_compile.select(
-        base, norm, budget, window_size, [ratio.numerator, ratio.denominator], epsilon, real,
-        row_budgets,
-    )  # fmt: skip
+    share = exact_share(first_stage_ratio)
+    ratio = [share.numerator, share.denominator]
+    if not triton:
+        return torch.ops.ckv_compile.select(
+            base, norm, budget, window_size, ratio, epsilon, real, row_budgets
+        )
+    from .gpu import select as gpu
+
+    states = None
+    if real is not None:
+        _, prefix = window_of(torch.arange(base.shape[2], device=base.device), window_size, real)
+        states = torch.where(prefix[:, 0], 1, 2).masked_fill(~real, 0).to(torch.int8)
+        if row_budgets is None:
+            row_budgets = real.new_full(real.shape[:1], budget, dtype=torch.int64)
+    base, norm = base.contiguous(), None if norm is None else norm.contiguous()
+    return gpu.select(base, norm, states, row_budgets, budget, window_size, ratio, epsilon)
 
 
 # An op of ours, opaque to the compiler: its top-k are library calls in any case, and traced they
@@ -75,8 +89,10 @@ def _select(
         first = first.minimum(count[:, :, None])
         keys = _sort_keys(base, kept, real, positions)
         # Keys are distinct, so the threshold lets exactly `first` of them through.
-        ordered = keys.sort(dim=-1, descending=True).values
-        kept = keys >= ordered.gather(-1, (first - 1).clamp(min=0).expand(*base.shape[:2], 1))
+        ordered = keys.topk(int(first.max()), dim=-1).values
+        if ordered.shape[-1]:
+            last = (first - 1).clamp(min=0).expand(*base.shape[:2], 1)
+            kept = (keys >= ordered.gather(-1, last)) & (first > 0)
         scores = (base + epsilon) * norm
     best = _sort_keys(scores, kept, real, positions).topk(budget, dim=-1).indices
     unused = torch.arange(budget, device=base.device) >= row_budgets

@@ -9,6 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+# Of the logits of one block of keys: they stay in a core's L2 cache.
+_BLOCK_BYTES = 1 << 20
+
 
 def window_attention(
     query: Tensor,
@@ -20,6 +23,7 @@ def window_attention(
     real: Tensor | None = None,
     bias: Tensor | None = None,
     sinks: Tensor | None = None,
+    triton: bool = False,
 ) -> Tensor:
     """Twin of :func:`ckv_compile.kernels.reference.window_attention`, traceable.
 
@@ -32,31 +36,18 @@ def window_attention(
         real: ``[B, K]`` bool, False at pads; None for no pads.
         bias: ``[B or 1, H or 1, Q or 1, K or 1]``, added to the logits after the cap (ALiBi, T5).
         sinks: ``[H]``, logits of one more key for each head, which has no value (GPT-OSS).
+        triton: whether the device has Triton's kernels.
 
     Returns:
         ``[B, Hkv, K]`` float32; 0 where the window or a pad is. A row of at most ``window_size``
         tokens has no key to score; there the result only has to be finite.
     """
-    batch, heads, _, _ = query.shape
-    kv_len = key.shape[2]
-    positions = torch.arange(kv_len, device=key.device)
-    window, prefix = _window(positions, window_size, real)
-    # Gathered by index, not sliced: query[:, :, -w:] would add a guard K >= w, hence one graph for
-    # short prompts and one for long ones.
-    first = kv_len - query.shape[2]  # the first query's position
-    index = (window - first).clamp(min=0)[:, None, :, None].expand(batch, heads, -1, -1)
-    logits = _logits(query, key, index, scale, softcap)
-    if bias is not None:
-        logits = logits + _rows_of(bias, index)
-    hidden = positions > window[:, None, :, None]  # [1 or B, 1, W, K]
-    if real is not None:
-        hidden = hidden | ~real[:, None, None]
-    attention = _softmax(logits.masked_fill(hidden, -math.inf), sinks)
-    if first == 0:
-        attention = attention.mean(2)  # [B, H, K]
-    else:
-        asked = (window >= first)[:, None, :, None]
-        attention = (attention * asked).sum(2) / asked.sum(2).clamp(min=1)
+    positions = torch.arange(key.shape[2], device=key.device)
+    window, prefix = window_of(positions, window_size, real)
+    asked = window >= key.shape[2] - query.shape[2]
+    attention = _mean_attention(
+        query, key, window, asked, scale, softcap, real, bias, sinks, causal=True, triton=triton
+    )
     pooled = _pooled(attention.masked_fill(~prefix, -math.inf), kernel_size)
     return _mean_of_groups(pooled.masked_fill(~prefix, 0.0), key.shape[1])
 
@@ -69,6 +60,7 @@ def cross_attention(
     kernel_size: int,
     softcap: Any = None,
     sinks: Tensor | None = None,
+    triton: bool = False,
 ) -> Tensor:
     """Twin of :func:`ckv_compile.kernels.reference.cross_attention`, traceable.
 
@@ -77,25 +69,40 @@ def cross_attention(
     Returns:
         ``[B, Hkv, K]`` float32.
     """
-    batch, heads, q_len, _ = query.shape
-    steps = torch.arange(window_size, device=query.device) + (q_len - window_size)
-    index = steps.clamp(min=0)[None, None, :, None].expand(batch, heads, -1, -1)
-    attention = _softmax(_logits(query, key, index, scale, softcap), sinks)
-    asked = (steps >= 0)[:, None]
-    attention = (attention * asked).sum(2) / asked.sum(0)
+    steps = torch.arange(window_size, device=query.device) + (query.shape[2] - window_size)
+    window, asked = steps.clamp(min=0)[None], (steps >= 0)[None]
+    attention = _mean_attention(
+        query, key, window, asked, scale, softcap, None, None, sinks, causal=False, triton=triton
+    )
     return _mean_of_groups(_pooled(attention, kernel_size), key.shape[1])
 
 
-def _logits(query: Tensor, key: Tensor, index: Tensor, scale: Any, softcap: Any) -> Tensor:
-    """Logits ``[B, H, W, K]`` of the queries at ``index`` ``[B, H, W, 1]``."""
-    batch, heads, _, head_dim = query.shape
-    kv_heads, kv_len = key.shape[1], key.shape[2]
-    scale = 1 / math.sqrt(head_dim) if scale is None else scale
-    rows = query.gather(2, index.expand(-1, -1, -1, head_dim)).float() * scale  # [B, H, W, D]
-    rows = rows.reshape(batch, kv_heads, -1, head_dim)
-    logits = rows @ key.float().transpose(-1, -2)  # [B, Hkv, G*W, K]
-    logits = logits.reshape(batch, heads, -1, kv_len)
-    return logits if softcap is None else (logits / softcap).tanh() * softcap
+def _mean_attention(
+    query: Tensor,
+    key: Tensor,
+    window: Tensor,
+    asked: Tensor,
+    scale: Any,
+    softcap: Any,
+    real: Tensor | None,
+    bias: Tensor | None,
+    sinks: Tensor | None,
+    causal: bool,
+    triton: bool,
+) -> Tensor:
+    """Mean attention ``[B, H, K]`` of those queries at ``window`` ``[1 or B, W]`` that are asked.
+
+    ``causal``: a query sees no key behind its position; queries are those of the last keys.
+    """
+    scale = 1 / math.sqrt(query.shape[3]) if scale is None else scale
+    operands = (query, key, window, asked, scale, softcap, real, bias, sinks, causal)
+    if triton:
+        from .gpu import window_attention as gpu
+
+        summed = gpu.summed_attention(*operands)
+    else:
+        summed = torch.ops.ckv_compile.summed_attention(*operands)
+    return summed / asked.sum(1).clamp(min=1)[:, None, None]
 
 
 def _pooled(attention: Tensor, kernel_size: int) -> Tensor:
@@ -112,7 +119,7 @@ def _mean_of_groups(scores: Tensor, kv_heads: int) -> Tensor:
     return scores.reshape(batch, kv_heads, -1, kv_len).mean(2)
 
 
-def _window(positions: Tensor, window_size: int, real: Tensor | None) -> tuple[Tensor, Tensor]:
+def window_of(positions: Tensor, window_size: int, real: Tensor | None) -> tuple[Tensor, Tensor]:
     """Positions of the last queries ``[1 or B, W]``, and the keys before them ``[.., 1, K]``."""
     kv_len = positions.shape[0]
     steps = torch.arange(window_size, device=positions.device)
@@ -135,25 +142,70 @@ def with_heads(bias: Tensor, heads: int) -> Tensor:
     return bias.reshape(*(1,) * (4 - bias.dim()), *bias.shape)
 
 
-def _rows_of(bias: Tensor, index: Tensor) -> Tensor:
-    """The window's rows of a bias, ``index`` ``[B, H, W, 1]``."""
-    if bias.shape[2] == 1:
-        return bias.float()
-    batch, heads = index.shape[:2]
-    index = index.expand(-1, -1, -1, bias.shape[3])
-    return bias.expand(batch, heads, -1, -1).gather(2, index).float()
+# An op of ours, opaque to the compiler, which would write all logits [B, H, W, K] to memory. Here
+# only those of a block of keys exist, and are made twice.
+@torch.library.custom_op("ckv_compile::summed_attention", mutates_args=())
+def summed_attention(
+    query: Tensor,
+    key: Tensor,
+    window: Tensor,
+    asked: Tensor,
+    scale: float,
+    softcap: float | None,
+    real: Tensor | None,
+    bias: Tensor | None,
+    sinks: Tensor | None,
+    causal: bool,
+) -> Tensor:
+    """The sum over the window that :func:`window_attention` takes the mean of: ``[B, H, K]``."""
+    (batch, heads, q_len, _), (kv_heads, kv_len) = query.shape, key.shape[1:3]
+    first = kv_len - q_len if causal else 0
+    summed = query.new_empty((batch, heads, kv_len), dtype=torch.float32)
+    step = max(_BLOCK_BYTES // (4 * heads * window.shape[1]), 64)
+    blocks = [slice(start, start + step) for start in range(0, kv_len, step)]
+    if bias is not None:
+        bias = bias.expand(batch, heads, q_len, kv_len)
+    for b in range(batch):
+        at = window[b % window.shape[0]]
+        index = (at - first).clamp(min=0)
+        rows = query[b].index_select(1, index).float() * scale  # [H, W, D]
+
+        def logits(block: slice, b: int = b, at: Tensor = at, index: Tensor = index,
+                   rows: Tensor = rows) -> Tensor:  # fmt: skip
+            keys = key[b, :, block].float().transpose(-1, -2)  # [Hkv, D, k]
+            out = (rows.reshape(kv_heads, -1, rows.shape[2]) @ keys).view(*rows.shape[:2], -1)
+            if softcap is not None:
+                out = out.div_(softcap).tanh_().mul_(softcap)
+            if bias is not None:
+                out = out + bias[b, :, :, block].index_select(1, index).float()
+            if causal:
+                positions = torch.arange(kv_len, device=key.device)[block]
+                out.masked_fill_(positions > at[:, None], -math.inf)
+            if real is not None:
+                out.masked_fill_(~real[b, block], -math.inf)
+            return out
+
+        lse = torch.stack([logits(block).logsumexp(-1) for block in blocks]).logsumexp(0)
+        if sinks is not None:
+            lse = torch.logaddexp(lse, sinks.float()[:, None])
+        # exp(-inf): who is not asked, or sees nothing, adds nothing.
+        lse = torch.where(asked[b % len(asked)] & (lse > -math.inf), lse, math.inf)  # [H, W]
+        for block in blocks:
+            summed[b, :, block] = logits(block).sub_(lse[..., None]).exp_().sum(1)
+    return summed
 
 
-def _softmax(logits: Tensor, sinks: Tensor | None) -> Tensor:
-    """Softmax over the keys and the sinks, the keys' part.
-
-    The sum is a product with ones: a generated C++ sum changes its form above 4,096 terms, which
-    would guard on K and cost a second graph for long prompts.
-    """
-    largest = logits.amax(-1, keepdim=True)
-    if sinks is not None:
-        sinks = sinks.float()[:, None, None]
-        largest = largest.maximum(sinks)
-    weights = (logits - largest).exp()
-    total = weights @ weights.new_ones(weights.shape[-1], 1)
-    return weights / (total if sinks is None else total + (sinks - largest).exp())
+@summed_attention.register_fake
+def _(
+    query: Tensor,
+    key: Tensor,
+    window: Tensor,
+    asked: Tensor,
+    scale: float,
+    softcap: float | None,
+    real: Tensor | None,
+    bias: Tensor | None,
+    sinks: Tensor | None,
+    causal: bool,
+) -> Tensor:
+    return query.new_empty((*query.shape[:2], key.shape[2]), dtype=torch.float32)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..config import EvictionConfig
 from ..kernels.adapters import Adapters, with_adapters
+from ..kernels.device import takes_triton
 from ..kernels.projected_norm import projected_norm
 from ..kernels.window_attention import cross_attention, window_attention
 
@@ -42,16 +43,20 @@ class ScoreInputs:
     cross: bool = False  # K and V are an encoder's
     adapters: Adapters = ()
 
+    @property
+    def triton(self) -> bool:
+        """Whether the kernels are Triton's."""
+        return takes_triton(self.key, self.config.lowering)
+
     def window_attention(self) -> Tensor:
         """Pooled mean attention of the observation window, ``[B, Hkv, K]``."""
         config = self.config
-        operands, pooling = (
-            (self.query, self.key, self.scale),
-            (config.window_size, config.kernel_size),
-        )
+        operands = (self.query, self.key, self.scale, config.window_size, config.kernel_size)
         if self.cross:
-            return cross_attention(*operands, *pooling, self.softcap, self.sinks)
-        return window_attention(*operands, *pooling, self.softcap, self.real, self.bias, self.sinks)
+            return cross_attention(*operands, self.softcap, self.sinks, self.triton)
+        return window_attention(
+            *operands, self.softcap, self.real, self.bias, self.sinks, self.triton
+        )
 
     def projected_norm(self) -> Tensor:
         """``||v_i W_O||``, mean over the group, ``[B, Hkv, K]``; ``||v_i||`` if norm="value"."""
@@ -59,4 +64,5 @@ class ScoreInputs:
         if self.config.reads_projection:
             assert self.o_proj_weight is not None
             weight = with_adapters(self.o_proj_weight, self.in_out, self.adapters)
-        return projected_norm(self.value, weight, self.in_out, heads, self.config.norm)
+        norm = self.config.norm
+        return projected_norm(self.value, weight, self.in_out, heads, norm, self.triton)

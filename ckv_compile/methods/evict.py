@@ -111,8 +111,9 @@ class EvictKV(nn.Module):
             self.config.epsilon,
             real,
             row_budgets,
+            inputs.triton,
         )
-        return *compact(key, value, keep), keep
+        return *compact(key, value, keep, inputs.triton), keep
 
     def extra_repr(self) -> str:
         """All that the body depends on; the compile cache is keyed by it."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from ckv_compile.kernels import compact, projected_norm, reference, select, wind
 from ckv_compile.kernels.adapters import with_adapters
 from ckv_compile.methods.evict import EvictKV
 
+WINDOWS = st.sampled_from([0, 1, 4, 32])  # 0: an encoder's entries, none of which is exempt
 RATIOS = st.sampled_from([0.0, 0.29, 0.5, 1.0])
 
 
@@ -44,7 +47,7 @@ def assert_valid(keep: Tensor, budget: int, kv_len: int, window_size: int) -> No
     """Ascending, in range, without repeats, the window (what of it fits the budget) among them."""
     assert (keep.dtype, keep.shape[2]) == (torch.int64, budget)
     assert (keep.diff(dim=-1) > 0).all()
-    assert int(keep.min()) >= 0 and int(keep.max()) == kv_len - 1
+    assert int(keep.min()) >= 0 and int(keep.max()) < kv_len
     window = min(window_size, kv_len, budget)
     expected = torch.arange(kv_len - window, kv_len).expand_as(keep[..., budget - window :])
     assert torch.equal(keep[..., budget - window :], expected)
@@ -142,8 +145,57 @@ def test_projected_norm_in_blocks(in_out: bool, kv_len: int) -> None:
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-4)
 
 
+def test_the_gram_matrix_follows_its_weight() -> None:
+    """Prevents norms of weights that are no more: written in place, through .data, or replaced."""
+    value, weight = torch.randn(1, 2, 5, 8), torch.nn.Parameter(torch.randn(12, 32))
+
+    def check() -> None:
+        actual = projected_norm.projected_norm(value, weight, False, 4, "l2")
+        expected = reference.projected_norm(value, weight.detach(), False, 4, "l2")
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+    with torch.no_grad():
+        check()
+        check()
+        weight.mul_(3)
+        check()
+        weight.data += 1
+        check()
+        weight.data = torch.randn(12, 32)
+        check()
+
+
+def test_the_gram_matrix_is_made_once_and_goes_with_its_weight() -> None:
+    """Prevents a product with W in each prefill, and matrices of models that were deleted."""
+    weight, made = torch.randn(12, 32), projected_norm.gram_of
+    held = len(projected_norm._GRAMS)
+    with mock.patch.object(projected_norm, "gram_of", side_effect=made) as gram_of:
+        for _ in range(3):
+            projected_norm.projected_norm(torch.randn(1, 2, 5, 8), weight, False, 4, "l2")
+    assert gram_of.call_count == 1 and len(projected_norm._GRAMS) == held + 1
+    del weight
+    gc.collect()
+    assert len(projected_norm._GRAMS) == held
+
+
+@pytest.mark.parametrize("kv_len", [63, 64, 65, 129, 200])
+def test_window_attention_in_blocks(kv_len: int) -> None:
+    """Prevents a block whose keys, mask or bias are another's, and a maximum of one block alone."""
+    query, key = 3 * torch.randn(2, 4, kv_len, 8), torch.randn(2, 2, kv_len, 8)
+    real = torch.arange(kv_len) >= torch.tensor([[0], [29]])
+    given: list[dict[str, Any]] = [
+        {}, {"real": real}, {"bias": torch.randn(1, 4, kv_len, kv_len)},
+        {"sinks": torch.randn(4), "softcap": 5.0},
+    ]  # fmt: skip
+    with mock.patch.object(window_attention, "_BLOCK_BYTES", 0):
+        for extra in given:
+            actual = window_attention.window_attention(query, key, None, 8, 5, **extra)
+            expected = reference.window_attention(query, key, None, 8, 5, **extra)
+            torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-6)
+
+
 @settings(deadline=None, max_examples=150)
-@given(score_tensors(), st.data(), st.sampled_from([1, 4, 32]), RATIOS, st.sampled_from([0, 1e-4]))
+@given(score_tensors(), st.data(), WINDOWS, RATIOS, st.sampled_from([0, 1e-4]))
 def test_select(
     scores: tuple[Tensor, Tensor],
     data: st.DataObject,
@@ -174,7 +226,7 @@ def test_select_of_a_long_prompt(kv_len: int, ratio: float) -> None:
 
 
 @SETTINGS
-@given(score_tensors(), st.data(), st.sampled_from([1, 4]), RATIOS)
+@given(score_tensors(), st.data(), WINDOWS, RATIOS)
 def test_select_of_scores_that_are_no_numbers(
     scores: tuple[Tensor, Tensor], data: st.DataObject, window_size: int, ratio: float
 ) -> None:
@@ -404,5 +456,7 @@ def test_the_custom_ops_keep_their_promises() -> None:
         )
     value, weight = torch.randn(2, 2, 20, 8), torch.randn(16, 32)
     torch.library.opcheck(
-        torch.ops.ckv_compile.projected_norm_l1.default, (value, weight, False, 4), test_utils=tests
+        torch.ops.ckv_compile.projected_norm.default,
+        (value, weight, False, 4, False),
+        test_utils=tests,
     )
