@@ -3,7 +3,7 @@ BIN := .venv/bin
 # Kept between runs, so that only the first demo compiles.
 export TORCHINDUCTOR_CACHE_DIR ?= $(CURDIR)/.cache/inductor
 
-.PHONY: help venv test test-slow coverage-models lint demo clean
+.PHONY: help venv test test-slow coverage-models bench lint demo clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -27,6 +27,10 @@ test-slow: .venv/.smollm2  ## run the slow tests, minutes each
 
 coverage-models: venv  ## check every architecture of transformers (hours), write docs/coverage.md
 	$(BIN)/python -m ckv_compile coverage --results docs/coverage.jsonl --page docs/coverage.md $(ARGS)
+
+BENCHMARKS := projected_norm node decode memory lowerings
+bench: venv  ## time and weigh kernels, nodes and models (an hour); BENCHMARKS="node" ARGS=--quick
+	set -e; for name in $(BENCHMARKS); do $(BIN)/python benchmarks/$$name.py $(ARGS); done
 
 lint: venv  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -11,6 +11,7 @@ from torch import Tensor
 
 # Of the logits of one block of keys: they stay in a core's L2 cache.
 _BLOCK_BYTES = 1 << 20
+_LOWEST = torch.finfo(torch.float32).min
 
 
 def window_attention(
@@ -165,31 +166,41 @@ def summed_attention(
     blocks = [slice(start, start + step) for start in range(0, kv_len, step)]
     if bias is not None:
         bias = bias.expand(batch, heads, q_len, kv_len)
+    buffer = query.new_empty(heads * window.shape[1] * step, dtype=torch.float32)
     for b in range(batch):
         at = window[b % window.shape[0]]
+        seen_by_all = int(at.min())
         index = (at - first).clamp(min=0)
         rows = query[b].index_select(1, index).float() * scale  # [H, W, D]
+        stacked = rows.reshape(kv_heads, -1, rows.shape[2])  # [Hkv, G*W, D]
 
         def logits(block: slice, b: int = b, at: Tensor = at, index: Tensor = index,
-                   rows: Tensor = rows) -> Tensor:  # fmt: skip
+                   stacked: Tensor = stacked, seen_by_all: int = seen_by_all) -> Tensor:  # fmt: skip
             keys = key[b, :, block].float().transpose(-1, -2)  # [Hkv, D, k]
-            out = (rows.reshape(kv_heads, -1, rows.shape[2]) @ keys).view(*rows.shape[:2], -1)
+            shape = (*stacked.shape[:2], keys.shape[2])
+            out = torch.bmm(stacked, keys, out=buffer[: math.prod(shape)].view(shape))
+            out = out.view(heads, -1, shape[2])
             if softcap is not None:
-                out = out.div_(softcap).tanh_().mul_(softcap)
+                out.div_(softcap).tanh_().mul_(softcap)
             if bias is not None:
-                out = out + bias[b, :, :, block].index_select(1, index).float()
-            if causal:
-                positions = torch.arange(kv_len, device=key.device)[block]
+                out += bias[b, :, :, block].index_select(1, index)
+            if causal and block.stop > seen_by_all + 1:
+                positions = torch.arange(block.start, block.start + shape[2], device=key.device)
                 out.masked_fill_(positions > at[:, None], -math.inf)
             if real is not None:
                 out.masked_fill_(~real[b, block], -math.inf)
             return out
 
-        lse = torch.stack([logits(block).logsumexp(-1) for block in blocks]).logsumexp(0)
+        parts = []
+        for block in blocks:
+            out = logits(block)
+            most = out.amax(-1, keepdim=True).clamp_(min=_LOWEST)  # of who sees none: -inf
+            parts.append(out.sub_(most).exp_().sum(-1).log_().add_(most[..., 0]))
+        lse = torch.stack(parts).logsumexp(0)  # [H, W]
         if sinks is not None:
             lse = torch.logaddexp(lse, sinks.float()[:, None])
         # exp(-inf): who is not asked, or sees nothing, adds nothing.
-        lse = torch.where(asked[b % len(asked)] & (lse > -math.inf), lse, math.inf)  # [H, W]
+        lse = torch.where(asked[b % len(asked)] & (lse > -math.inf), lse, math.inf)
         for block in blocks:
             summed[b, :, block] = logits(block).sub_(lse[..., None]).exp_().sum(1)
     return summed

@@ -1,0 +1,91 @@
+"""Milliseconds per new token against the length of the prompt and the budget."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from harness import mebibytes, parser, report, watched
+from models import prompt, smollm2
+
+import ckv_compile
+
+BUDGETS = (1.0, 0.5, 0.2, 0.1)
+
+
+class Decoder:
+    """A model behind its prompt, ready for more tokens."""
+
+    def __init__(self, model: Any, input_ids: torch.Tensor) -> None:
+        self.model, self.position = model, input_ids.shape[1]
+        output = model(input_ids, use_cache=True, logits_to_keep=1)
+        self.cache, self.token = output.past_key_values, output.logits.argmax(-1)
+
+    @property
+    def nbytes(self) -> int:
+        pairs = ((layer.keys, layer.values) for layer in self.cache.layers)
+        return sum(tensor.nbytes for pair in pairs for tensor in pair)
+
+    def step(self) -> float:
+        """Seconds of one more token."""
+        start = time.perf_counter()
+        position = torch.tensor([[self.position]])
+        output = self.model(
+            self.token, past_key_values=self.cache, use_cache=True, position_ids=position
+        )
+        self.token, self.position = output.logits[:, -1:].argmax(-1), self.position + 1
+        return time.perf_counter() - start
+
+
+def copy_bandwidth() -> float:
+    """Bytes read per second, measured on a tensor that no cache holds."""
+    source = torch.ones(1 << 26)
+    best = float("inf")
+    for _ in range(5):
+        start = time.perf_counter()
+        source.sum()
+        best = min(best, time.perf_counter() - start)
+    return source.nbytes / best
+
+
+def main() -> None:
+    options = parser(__doc__)
+    options.add_argument("--layers", type=int, default=30, metavar="N")
+    options.add_argument("--lowering", default="auto")
+    options = options.parse_args()
+    torch.set_num_threads(options.threads)
+    lengths = (512, 2048) if options.quick else (512, 2048, 4096, 8192)
+    plain = smollm2(options.layers)
+    weights = sum(parameter.nbytes for parameter in plain.parameters())
+    ours = ckv_compile.optimize(smollm2(options.layers), budget=1.0, lowering=options.lowering)
+    rows, bandwidth = [], copy_bandwidth()
+    with torch.no_grad():
+        for length in watched(lengths, "decode"):
+            decoders = {"eager, full": Decoder(plain, prompt(length))}
+            for budget in BUDGETS:
+                ours = ckv_compile.optimize(ours, budget=budget, lowering=options.lowering)
+                decoders[f"ours, {budget}"] = Decoder(ours, prompt(length))
+            best = dict.fromkeys(decoders, float("inf"))
+            for _ in range(3 + 4 * options.repeats):
+                for name, decoder in decoders.items():
+                    best[name] = min(best[name], decoder.step())
+            for name, decoder in decoders.items():
+                floor = (weights + decoder.nbytes) / bandwidth
+                rows.append(
+                    {
+                        "prompt": length,
+                        "cache": name,
+                        "cache MiB": mebibytes(decoder.nbytes),
+                        "ms / token": 1e3 * best[name],
+                        "against eager": best["eager, full"] / best[name],
+                        "floor ms": 1e3 * floor,
+                        "time / floor": best[name] / floor,
+                    }
+                )
+    title = f"one new token, SmolLM2's shape, {options.layers} layers, float32"
+    report("decode", f"{title}; {bandwidth / 1e9:.1f} GB/s read", rows, options)
+
+
+if __name__ == "__main__":
+    main()
