@@ -36,7 +36,11 @@ ARROWS = {
     "__init__": {"api", "cache", "report", "site", "config"},
 }
 # Outside knowledge that is one room's alone.
-ONLY = {"torch._inductor": {"backend"}, "transformers": {"cache", "coverage"}, "triton": {"kernels/gpu"}}
+ONLY = {
+    "torch._inductor": {"backend"},
+    "transformers": {"cache", "coverage"},
+    "triton": {"kernels/gpu"},
+}
 
 
 def modules() -> list[Path]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -34,7 +35,8 @@ def window_attention(
             Where fewer than ``window_size`` are there, the last of the window score alone.
         scale: SDPA's scale, None for ``1/sqrt(D)``.
         softcap: logits are ``softcap * tanh(logits / softcap)`` (Gemma 2), None for none.
-        real: ``[B, K]`` bool, False at pads; None for no pads.
+        real: ``[B, K]`` bool, False at pads, which stand before or behind a row's tokens; None for
+            no pads.
         bias: ``[B or 1, H or 1, Q or 1, K or 1]``, added to the logits after the cap (ALiBi, T5).
         sinks: ``[H]``, logits of one more key for each head, which has no value (GPT-OSS).
         triton: whether the device has Triton's kernels.
@@ -43,14 +45,8 @@ def window_attention(
         ``[B, Hkv, K]`` float32; 0 where the window or a pad is. A row of at most ``window_size``
         tokens has no key to score; there the result only has to be finite.
     """
-    positions = torch.arange(key.shape[2], device=key.device)
-    window, prefix = window_of(positions, window_size, real)
-    asked = window >= key.shape[2] - query.shape[2]
-    attention = _mean_attention(
-        query, key, window, asked, scale, softcap, real, bias, sinks, causal=True, triton=triton
-    )
-    pooled = _pooled(attention.masked_fill(~prefix, -math.inf), kernel_size)
-    return _mean_of_groups(pooled.masked_fill(~prefix, 0.0), key.shape[1])
+    operands = (query, key, scale, window_size, kernel_size, softcap, real, bias, sinks)
+    return _dispatched(*operands, causal=True, triton=triton)
 
 
 def cross_attention(
@@ -70,40 +66,75 @@ def cross_attention(
     Returns:
         ``[B, Hkv, K]`` float32.
     """
-    steps = torch.arange(window_size, device=query.device) + (query.shape[2] - window_size)
-    window, asked = steps.clamp(min=0)[None], (steps >= 0)[None]
-    attention = _mean_attention(
-        query, key, window, asked, scale, softcap, None, None, sinks, causal=False, triton=triton
-    )
-    return _mean_of_groups(_pooled(attention, kernel_size), key.shape[1])
+    operands = (query, key, scale, window_size, kernel_size, softcap, None, None, sinks)
+    return _dispatched(*operands, causal=False, triton=triton)
 
 
-def _mean_attention(
+def _dispatched(
+    query: Tensor, key: Tensor, scale: Any, *options: Any, causal: bool, triton: bool
+) -> Any:
+    """``causal``: a query sees no key behind its position; queries are those of the last keys."""
+    scale = 1 / math.sqrt(query.shape[3]) if scale is None else scale
+    if not triton:
+        return torch.ops.ckv_compile.window_attention(query, key, scale, *options, causal)
+    from .gpu.window_attention import summed_attention
+
+    return _scores(summed_attention, query, key, *(scale, *options, causal))
+
+
+# An op of ours, opaque to the compiler, which would write all logits [B, H, W, K] to memory, and
+# make seven kernels in each layer of what is a hundredth of its work.
+@torch.library.custom_op("ckv_compile::window_attention", mutates_args=())
+def _on_cpu(
     query: Tensor,
     key: Tensor,
-    window: Tensor,
-    asked: Tensor,
-    scale: Any,
-    softcap: Any,
+    scale: float,
+    window_size: int,
+    kernel_size: int,
+    softcap: float | None,
     real: Tensor | None,
     bias: Tensor | None,
     sinks: Tensor | None,
     causal: bool,
-    triton: bool,
 ) -> Tensor:
-    """Mean attention ``[B, H, K]`` of those queries at ``window`` ``[1 or B, W]`` that are asked.
+    options = (scale, window_size, kernel_size, softcap, real, bias, sinks, causal)
+    return _scores(_summed_attention, query, key, *options)
 
-    ``causal``: a query sees no key behind its position; queries are those of the last keys.
-    """
-    scale = 1 / math.sqrt(query.shape[3]) if scale is None else scale
-    operands = (query, key, window, asked, scale, softcap, real, bias, sinks, causal)
-    if triton:
-        from .gpu import window_attention as gpu
 
-        summed = gpu.summed_attention(*operands)
+@_on_cpu.register_fake
+def _(query: Tensor, key: Tensor, *options: Any) -> Tensor:
+    return key.new_empty(key.shape[:3], dtype=torch.float32)
+
+
+def _scores(
+    summed_attention: Callable[..., Tensor],
+    query: Tensor,
+    key: Tensor,
+    scale: float,
+    window_size: int,
+    kernel_size: int,
+    softcap: float | None,
+    real: Tensor | None,
+    bias: Tensor | None,
+    sinks: Tensor | None,
+    causal: bool,
+) -> Tensor:
+    """Mean, pool and mean of the groups: what is the same on every device."""
+    q_len, (kv_heads, kv_len) = query.shape[2], key.shape[1:3]
+    prefix = None
+    if causal:
+        positions = torch.arange(kv_len, device=key.device)
+        window, prefix = window_of(positions, window_size, real)
+        asked = window >= kv_len - q_len
     else:
-        summed = torch.ops.ckv_compile.summed_attention(*operands)
-    return summed / asked.sum(1).clamp(min=1)[:, None, None]
+        steps = torch.arange(window_size, device=query.device) + (q_len - window_size)
+        window, asked = steps.clamp(min=0)[None], (steps >= 0)[None]
+    operands = (query, key, window, asked, scale, softcap, real, bias, sinks, causal)
+    attention = summed_attention(*operands) / asked.sum(1).clamp(min=1)[:, None, None]
+    if prefix is None:
+        return _mean_of_groups(_pooled(attention, kernel_size), kv_heads)
+    pooled = _pooled(attention.masked_fill(~prefix, -math.inf), kernel_size)
+    return _mean_of_groups(pooled.masked_fill(~prefix, 0.0), kv_heads)
 
 
 def _pooled(attention: Tensor, kernel_size: int) -> Tensor:
@@ -143,10 +174,7 @@ def with_heads(bias: Tensor, heads: int) -> Tensor:
     return bias.reshape(*(1,) * (4 - bias.dim()), *bias.shape)
 
 
-# An op of ours, opaque to the compiler, which would write all logits [B, H, W, K] to memory. Here
-# only those of a block of keys exist, and are made twice.
-@torch.library.custom_op("ckv_compile::summed_attention", mutates_args=())
-def summed_attention(
+def _summed_attention(
     query: Tensor,
     key: Tensor,
     window: Tensor,
@@ -158,7 +186,10 @@ def summed_attention(
     sinks: Tensor | None,
     causal: bool,
 ) -> Tensor:
-    """The sum over the window that :func:`window_attention` takes the mean of: ``[B, H, K]``."""
+    """Attention ``[B, H, K]`` summed over the queries at ``window`` ``[1 or B, W]`` that are asked.
+
+    Only the logits of a block of keys exist at a time, and they are made twice.
+    """
     (batch, heads, q_len, _), (kv_heads, kv_len) = query.shape, key.shape[1:3]
     first = kv_len - q_len if causal else 0
     summed = query.new_empty((batch, heads, kv_len), dtype=torch.float32)
@@ -174,8 +205,10 @@ def summed_attention(
         rows = query[b].index_select(1, index).float() * scale  # [H, W, D]
         stacked = rows.reshape(kv_heads, -1, rows.shape[2])  # [Hkv, G*W, D]
 
-        def logits(block: slice, b: int = b, at: Tensor = at, index: Tensor = index,
-                   stacked: Tensor = stacked, seen_by_all: int = seen_by_all) -> Tensor:  # fmt: skip
+        def logits(
+            block: slice, b: int = b, at: Tensor = at, index: Tensor = index,
+            stacked: Tensor = stacked, seen_by_all: int = seen_by_all,
+        ) -> Tensor:  # fmt: skip
             keys = key[b, :, block].float().transpose(-1, -2)  # [Hkv, D, k]
             shape = (*stacked.shape[:2], keys.shape[2])
             out = torch.bmm(stacked, keys, out=buffer[: math.prod(shape)].view(shape))
@@ -204,19 +237,3 @@ def summed_attention(
         for block in blocks:
             summed[b, :, block] = logits(block).sub_(lse[..., None]).exp_().sum(1)
     return summed
-
-
-@summed_attention.register_fake
-def _(
-    query: Tensor,
-    key: Tensor,
-    window: Tensor,
-    asked: Tensor,
-    scale: float,
-    softcap: float | None,
-    real: Tensor | None,
-    bias: Tensor | None,
-    sinks: Tensor | None,
-    causal: bool,
-) -> Tensor:
-    return query.new_empty((*query.shape[:2], key.shape[2]), dtype=torch.float32)

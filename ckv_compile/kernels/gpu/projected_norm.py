@@ -72,13 +72,15 @@ def projected_norm(
     batch, kv_heads, kv_len, head_dim = value.shape
     out = torch.empty(batch, kv_heads, kv_len, dtype=torch.float32, device=value.device)
     halves = in_halves(value, weight)
-    # Full precision keeps its operands in registers: larger tiles spill.
-    block_k, block_e = (64, 64) if halves else (32, 32)
+    # A group's part of W is read once for each tile of keys. Full precision keeps its operands in
+    # registers: larger tiles spill.
+    block_d = padded(head_dim)
+    block_k, block_e, warps = (128, 64, 8) if halves else (32 if block_d <= 128 else 16, 16, 4)
     strides = weight.stride() if in_out else weight.stride()[::-1]
     wrap_triton(projected_norm_kernel)[(triton.cdiv(kv_len, block_k) * batch * kv_heads,)](
         value, weight, out, kv_heads, kv_len, weight.shape[1 if in_out else 0],
         *value.stride(), *strides,
         groups=heads // kv_heads, head_dim=head_dim, quadratic=quadratic, halves=halves,
-        block_k=block_k, block_d=padded(head_dim), block_e=block_e,
+        block_k=block_k, block_d=block_d, block_e=block_e, num_warps=warps,
     )  # fmt: skip
     return out

@@ -57,7 +57,7 @@ def _threshold(
     found = tl.full((), 0, tl.uint32)
     ties = count
     for step in tl.static_range(4):
-        shift: tl.constexpr = 24 - 8 * step
+        shift = 24 - 8 * step
         histogram = tl.zeros((256,), tl.int32)
         for start in range(0, kv_len, block_k):
             at = start + tl.arange(0, block_k)
@@ -68,8 +68,8 @@ def _threshold(
             same = at < kv_len
             if step > 0:
                 same = same & ((keys >> (shift + 8)) == (found >> (shift + 8)))
-            digit = ((keys >> shift) & 0xFF).to(tl.int32)
-            histogram += tl.histogram(digit, 256, mask=same)
+            byte = ((keys >> shift) & 0xFF).to(tl.int32)
+            histogram += tl.histogram(byte, 256, mask=same)
         above = tl.sum(histogram) - tl.cumsum(histogram)  # with a larger digit
         digit = tl.max(tl.where(above + histogram >= ties, digits, 0))
         ties -= tl.sum(tl.where(digits == digit, above, 0))

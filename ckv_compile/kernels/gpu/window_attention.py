@@ -148,12 +148,12 @@ def summed_attention(
     sinks: Tensor | None,
     causal: bool,
 ) -> Tensor:
-    """Twin of :func:`ckv_compile.kernels.window_attention.summed_attention`."""
+    """Attention summed over those queries at ``window`` ``[1 or B, W]`` that are asked."""
     (batch, heads, q_len, head_dim), rows = query.shape, window.shape[1]
     kv_heads, kv_len = key.shape[1], key.shape[2]
     halves, block_d = in_halves(query, key), padded(head_dim)
     # A tile of keys stays in shared memory for all heads of its group.
-    block_k = 128 if halves and block_d <= 128 else 32 if block_d <= 128 else 16
+    block_k = (128 if block_d <= 128 else 32) if halves else 16
     grid = (triton.cdiv(kv_len, block_k) * batch * kv_heads,)
     largest = query.new_empty(
         (batch, heads, rows, triton.cdiv(kv_len, block_k)), dtype=torch.float32
@@ -175,6 +175,7 @@ def summed_attention(
     options = {
         "groups": heads // kv_heads, "causal": causal, "halves": halves, "head_dim": head_dim,
         "block_w": padded(rows), "block_k": block_k, "block_d": block_d,
+        "num_warps": 4 if halves else 8,
     }  # fmt: skip
     operands = (query, key, bias, None if real is None else real.to(torch.int8), window)
     wrap_triton(softmax_stats_kernel)[grid](*operands, largest, total, *sizes, *steps, **options)
