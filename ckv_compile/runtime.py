@@ -271,14 +271,13 @@ class OptimizedForward:
             # Without layers that remember their rows, a padded batch must keep its whole cache.
             if cache is None or not cache_room().follows_rows(cache):
                 mask = None
-            return plan_for(
-                self.config,
-                tokens,
-                seen_mask=mask,
-                held_mask=mask,
-                size=size,
-                strict=cache is not None,
+            strict = cache is not None
+            plan = plan_for(
+                self.config, tokens, seen_mask=mask, held_mask=mask, size=size, strict=strict
             )
+            if self._fits_all_layers(cache, mask, plan):
+                return plan
+            return plan_for(self.config, tokens, size=size, strict=strict)
         layer = cache_room().first_layer(cache)
         before = layer.get_seq_length()
         if mask is not None:
@@ -287,16 +286,26 @@ class OptimizedForward:
             # Who does not know how many tokens its rows have seen, or has pads between them, waits.
             if not counted or not is_contiguous(mask[:, -kv_len:]):
                 return None
-        return plan_for(
+        seen_mask = None if mask is None else seen_mask
+        plan = plan_for(
             self.config,
             tokens,
             held=layer.held,
             gap=layer.gap,
-            seen_mask=None if mask is None else seen_mask,
+            seen_mask=seen_mask,
             held_mask=mask,
             before=before,
             size=size,
         )
+        return plan if self._fits_all_layers(cache, seen_mask, plan) else None
+
+    def _fits_all_layers(self, cache: Any, mask: Tensor | None, plan: Plan) -> bool:
+        """Whether layers that are never cut can do with the mask that the plan's rows leave."""
+        if mask is None or plan.row_budgets is None or plan.real is None:
+            return True
+        if plan.capacity.shape[0] == plan.real.shape[1]:  # nothing moves
+            return True
+        return cache_room().bounded_layers_agree(cache, self.model, mask, plan.row_budgets)
 
     def _cache_bytes(self, tokens: Tensor, kwargs: dict[str, Any]) -> CacheBytes:
         """What an entry takes in the model's caches: two tokens are run uncompiled and measured.

@@ -132,6 +132,28 @@ def follows_rows(cache: Any) -> bool:
     return bool(evicted_layers(cache)) or made_later
 
 
+def bounded_layers_agree(cache: Any, model: Any, mask: Tensor, row_budgets: Tensor) -> bool:
+    """Whether layers that hold the last tokens alone can read the mask of rows that are cut.
+
+    All layers of a model read one mask, and behind a cut its last columns are those of the slots
+    that each row has filled. Where a sliding window reaches further back than a row keeps, or the
+    row ends in pads, that is not what its tokens were.
+
+    Args:
+        mask: ``[B, K]``, 0 at pads, of all tokens seen.
+        row_budgets: ``[B]`` entries that each row keeps.
+    """
+    reach = [layer.sliding_window for layer in cache.layers if getattr(layer, "is_sliding", False)]
+    if not reach:
+        return True
+    # Chunks begin at a row's first token, and transformers counts the pads before it.
+    if getattr(model.config.get_text_config(decoder=True), "attention_chunk_size", None):
+        return False
+    columns = torch.arange(mask.shape[1], device=mask.device)[-max(reach) :]
+    shown = columns >= mask.shape[1] - row_budgets[:, None]
+    return torch.equal(shown, mask[:, -max(reach) :].bool())
+
+
 def evicted_layers(cache: Any) -> list[EvictedLayer]:
     return [layer for layer in cache.layers if isinstance(layer, EvictedLayer)]
 

@@ -207,13 +207,13 @@ def _hiding(full: Any, kept: dict[int, Tensor]) -> Iterator[None]:
     for i, positions in kept.items():
         shape = (*positions.shape[:2], N)
         hidden[i] = torch.ones(shape, dtype=torch.bool).scatter(2, positions, False)
-    sdpa, softmax = F.scaled_dot_product_attention, F.softmax
+    sdpa, softmax, logsumexp = F.scaled_dot_product_attention, F.softmax, torch.logsumexp
     # Eager attention shows no keys, latent attention other ones than the cache holds: their layers
     # are told apart by their order within a step.
     order = [i for i, layer in enumerate(full.layers) if _length(layer) == N + STEPS - 1]
-    step = {"length": 0, "calls": 0}
+    steps = {"length": 0, "calls": 0}, {"length": 0, "calls": 0}
 
-    def next_layer(length: int) -> int:
+    def next_layer(length: int, step: dict[str, int] = steps[0]) -> int:
         if step["length"] != length:
             step.update(length=length, calls=0)
         step["calls"] += 1
@@ -240,21 +240,29 @@ def _hiding(full: Any, kept: dict[int, Tensor]) -> Iterator[None]:
         bias = bias.masked_fill(hides(i, query.shape[1], key.shape[2]), -torch.inf)
         return sdpa(query, key, value, attn_mask=bias, scale=kwargs.get("scale"))
 
-    def hiding_softmax(logits: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def without_hidden(logits: Tensor, step: dict[str, int]) -> Tensor:
         # [B, H, Q, K] or [B*H, Q, K]
         if logits.dim() in (3, 4) and logits.shape[-2] < N < logits.shape[-1] <= N + STEPS:
-            i, length = next_layer(logits.shape[-1]), logits.shape[-1]
+            i, length = next_layer(logits.shape[-1], step), logits.shape[-1]
             if i in hidden:
                 heads = logits.shape[-3] // (len(hidden[i]) if logits.dim() == 3 else 1)
                 hiding = hides(i, heads, length)
                 hiding = hiding.flatten(0, 1) if logits.dim() == 3 else hiding
                 logits = logits.masked_fill(hiding, -torch.inf)
-        return softmax(logits, *args, **kwargs)
+        return logits
+
+    def hiding_softmax(logits: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return softmax(without_hidden(logits, steps[0]), *args, **kwargs)
+
+    def hiding_logsumexp(logits: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        # A sink as a factor of the output: Granite's.
+        return logsumexp(without_hidden(logits, steps[1]), *args, **kwargs)
 
     with (
         mock.patch.object(F, "scaled_dot_product_attention", hiding_sdpa),
         mock.patch.object(F, "softmax", hiding_softmax),
         mock.patch.object(torch, "softmax", hiding_softmax),
+        mock.patch.object(torch, "logsumexp", hiding_logsumexp),
     ):
         yield
 

@@ -237,7 +237,10 @@ def _padding(node: Node, seen: dict[Node, Index | Mask | None]) -> Mask | None:
     layout = _merged(_relabelled(batch.layout, "B"), _relabelled(key.layout, "K"))
     if layout is None:
         return None
-    if vocab.is_ones(chain_above(base)[-1]):  # a model that is given no mask may make its own
+    root = chain_above(base)[-1]
+    while vocab.is_cast(root):
+        root = chain_above(root.args[0])[-1]
+    if vocab.is_ones(root):  # a model that is given no mask may make its own
         return Mask(layout)
     return Mask(layout, padding=base, padding_offset=key.offset)
 

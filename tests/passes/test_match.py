@@ -132,6 +132,19 @@ def test_padding_is_read_from_the_mask_and_refused_where_rows_are_not_counted():
     assert {r.reason for r in found.rejections} == {Reason.PADDING_MASK}
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64, torch.bool])
+def test_a_mask_of_ones_that_the_model_makes_hides_nothing(dtype):
+    """Megatron-BERT makes one of floats where it is given none: no row is padded by it."""
+
+    def mask(q, k):
+        real = torch.ones(BATCH, k.shape[2], dtype=dtype).to(torch.bool)
+        rows = torch.arange(BATCH)[:, None, None, None]
+        return causal(q, k) & real[rows, torch.arange(k.shape[2])[None, None, None]]
+
+    site = only_site(attention(sdpa=with_mask(mask)), *inputs())
+    assert site.mask_kind == "causal tensor" and site.padding is None
+
+
 def test_sliding_window_model_is_left_alone():
     """Mistral's bounded layers take their mask from a counter, not from K: a cut breaks them."""
     graph = graph_of(tiny("mistral", sliding_window=16), False, input_ids=prompt(40))
