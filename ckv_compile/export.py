@@ -1,4 +1,4 @@
-"""``torch.export``: a new program whose prefill returns the cut cache, in ATen and two ops of ours.
+"""``torch.export``: a new program whose prefill returns the cut cache, in ATen and ops of ours.
 
 Nothing runs in front of an exported program: the budget is the configuration's, and pads cannot be
 counted.

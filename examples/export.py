@@ -10,7 +10,7 @@ import torch
 from torch.export import Dim
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 
-import ckv_compile  # who loads the program must import it too, for the two ops that it adds
+import ckv_compile  # who loads the program must import it too, for the ops that it adds
 
 
 class Prefill(torch.nn.Module):

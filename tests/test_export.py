@@ -387,7 +387,7 @@ print(all(map(torch.equal, got, want)))
 
 
 def test_another_process_loads_it_once_it_knows_the_ops(plain, tmp_path):
-    """The program holds two ops of this package by name: without the import nobody knows them."""
+    """The program holds ops of this package by name: without the import nobody knows them."""
     cut = ckv_compile.optimize(plain, budget=0.25, **OPTIONS)
     x = hidden(70)
     torch.export.save(cut, tmp_path / "cut.pt2")
