@@ -54,18 +54,19 @@ def child(case: str, layers: int, length: int, repeats: int) -> dict[str, Any]:
         run(model, length - 7)
         first = time.perf_counter() - start
         graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        found = {"first": first, "graphs": graphs}
         pairs = [(run(plain, length), run(model, length)) for _ in range(repeats)]
-    eager = [min(pair[0][i] for pair in pairs) for i in (0, 1)]
-    ours = [min(pair[1][i] for pair in pairs) for i in (0, 1)]
-    return {
-        "first": first, "graphs": graphs, "prefill": ours[0], "decode": ours[1],
-        "eager prefill": eager[0], "eager decode": eager[1],
-    }  # fmt: skip
+    for i, name in enumerate(("prefill", "decode") if pairs else ()):
+        found[f"eager {name}"] = min(pair[0][i] for pair in pairs)
+        found[name] = min(pair[1][i] for pair in pairs)
+    return found
 
 
-def in_process(case: str, layers: int, length: int, cache: str, options: Any) -> dict[str, Any]:
+def in_process(
+    case: str, layers: int, length: int, repeats: int, cache: str, options: Any
+) -> dict[str, Any]:
     """A process of its own: compiled code and caches of one case are none of another's."""
-    arguments = (case, str(layers), str(length), str(options.repeats), str(options.threads))
+    arguments = (case, str(layers), str(length), str(repeats), str(options.threads))
     result = subprocess.run(
         [sys.executable, __file__, "--child", *arguments],
         env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache},
@@ -80,8 +81,8 @@ def in_process(case: str, layers: int, length: int, cache: str, options: Any) ->
 def measure(case: str, layers: int, length: int, options: Any) -> dict[str, Any]:
     """A row: with empty caches, then with what that left on the disk."""
     with tempfile.TemporaryDirectory() as cache:
-        cold = in_process(case, layers, length, cache, options)
-        warm = in_process(case, layers, length, cache, options)
+        cold = in_process(case, layers, length, 0, cache, options)
+        warm = in_process(case, layers, length, options.repeats, cache, options)
     return {
         "layers": layers,
         "tokens": length,

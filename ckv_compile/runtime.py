@@ -163,7 +163,7 @@ class OptimizedForward:
         fresh = room.tokens_seen(cache) == 0
         # An encoder's entries are cut at the first call, be it of one token.
         least = 1 if fresh and self.config.cross_attention else 2
-        cutting = q_len >= least and (fresh or self._cuts_again(cache))
+        cutting = q_len >= least and (fresh or self._cuts_again(cache)) and room.counts_all(cache)
         with room.writing(cache, self.model, q_len, cutting=cutting):
             result, plan = self._run(tokens, cache, fresh, cutting, args, kwargs)
         if plan is not None:

@@ -1,13 +1,17 @@
-"""Padded batches of models that have sliding-window or chunked layers beside those that are cut."""
+"""Models whose caches have other layers than those that are cut, or more in them."""
 
 from __future__ import annotations
+
+import copy
 
 import pytest
 import torch
 from families import generated, prompt, tiny
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 import ckv_compile
+from ckv_compile.coverage.tiny import build
 
 LLAMA4 = {
     "vocab_size": 96,
@@ -87,3 +91,34 @@ def test_padded_rows_of_chunked_attention_stay_whole():
         torch.testing.assert_close(logits, right, rtol=1e-4, atol=1e-4)
     alone = generated(model, ids[1:], 6)
     assert alone.past_key_values.layers[-1].keys.shape[2] == 30 + 5
+
+
+@torch.no_grad()
+def test_a_layer_with_a_recurrence_counts_tokens_and_not_entries():
+    """A loop without positions took them from the entries of a cut cache: fluent and wrong."""
+    plain = build("causal", "falcon_h1")
+    model = ckv_compile.optimize(copy.deepcopy(plain), 0.5, window_size=4, lowering="eager")
+    ids = prompt(60)
+    found = []
+    for position in (None, torch.tensor([[60]])):
+        out = model(input_ids=ids, use_cache=True)
+        cache, token = out.past_key_values, out.logits[:, -1:].argmax(-1)
+        assert cache.get_seq_length() == 60
+        assert {layer.keys.shape[2] for layer in cache.layers} == {30}
+        given = {} if position is None else {"position_ids": position}
+        found.append(model(input_ids=token, past_key_values=cache, use_cache=True, **given).logits)
+    torch.testing.assert_close(*found)
+
+
+def test_a_layer_of_an_unknown_kind_is_not_cut():
+    """It would tell the model that a cut prompt was short."""
+
+    class Strange(DynamicLayer):
+        pass
+
+    model = ckv_compile.optimize(tiny(), 0.5, lowering="eager")
+    cache = DynamicCache()
+    cache.layers = [Strange(), Strange()]
+    with torch.no_grad(), pytest.warns(UserWarning, match="UNCOUNTED_TOKENS"):
+        model(input_ids=prompt(60), past_key_values=cache)
+    assert {layer.keys.shape[2] for layer in cache.layers} == {60}

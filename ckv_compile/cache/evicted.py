@@ -11,9 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, EncoderDecoderCache
-from transformers.cache_utils import CacheLayerMixin, DynamicLayer
+from transformers.cache_utils import (
+    CacheLayerMixin,
+    DynamicLayer,
+    LinearAttentionAndFullAttentionLayer,
+)
 
 from . import files
+from .hybrid import EvictedHybridLayer
 from .layers import EvictedLayer, FixedLayer
 
 
@@ -108,6 +113,8 @@ def adopt(cache: Any, max_new_tokens: int | None = None) -> None:
     for i, layer in enumerate(cache.layers):
         if type(layer) is DynamicLayer and layer.get_seq_length() == 0:
             cache.layers[i] = made()
+        elif type(layer) is LinearAttentionAndFullAttentionLayer and layer.get_seq_length() == 0:
+            cache.layers[i] = EvictedHybridLayer(layer.number_of_states)
     if cache.layer_class_to_replicate is DynamicLayer:
         cache.layer_class_to_replicate = made
 
@@ -130,6 +137,16 @@ def follows_rows(cache: Any) -> bool:
     # A class in place of DynamicLayer is ours: ``adopt`` has been here.
     made_later = getattr(cache, "layer_class_to_replicate", None) not in (None, DynamicLayer)
     return bool(evicted_layers(cache)) or made_later
+
+
+def counts_all(cache: Any) -> bool:
+    """Whether every layer that may be cut remembers how many tokens it has seen.
+
+    Others would say that a cut prompt was short: later positions would be wrong, silently.
+    """
+    bounded = (layer for layer in cache.layers if not getattr(layer, "is_sliding", False))
+    whole = [layer for layer in bounded if isinstance(layer, DynamicLayer)]
+    return all(isinstance(layer, EvictedLayer) for layer in whole)
 
 
 def bounded_layers_agree(cache: Any, model: Any, mask: Tensor, row_budgets: Tensor) -> bool:

@@ -268,7 +268,11 @@ def _hiding(full: Any, kept: dict[int, Tensor]) -> Iterator[None]:
 
 
 def _layer_of(full: Any, key: Tensor) -> int | None:
-    """The cache layer whose prompt ``key`` attends to, repeated over groups or not."""
+    """The cache layer whose prompt ``key`` attends to, repeated over groups or not.
+
+    None where no layer holds it, or several do: a tiny model's layers may be alike.
+    """
+    found = []
     for i, layer in enumerate(full.layers):
         if _length(layer) != N + STEPS - 1 or key.shape[1] % layer.keys.shape[1]:
             continue
@@ -276,8 +280,8 @@ def _layer_of(full: Any, key: Tensor) -> int | None:
         groups = key.shape[1] // whole.shape[1]
         same = key.shape[-1] == whole.shape[-1] and key.shape[0] == whole.shape[0]
         if same and torch.allclose(key[:, ::groups, :N], whole, atol=1e-5):
-            return i
-    return None
+            found.append(i)
+    return found[0] if len(found) == 1 else None
 
 
 def _selected(
