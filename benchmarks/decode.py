@@ -38,9 +38,8 @@ class Decoder:
         return time.perf_counter() - start
 
 
-def copy_bandwidth() -> float:
+def bandwidth_of(source: torch.Tensor) -> float:
     """Bytes read per second, measured on a tensor that no cache holds."""
-    source = torch.ones(1 << 26)
     best = float("inf")
     for _ in range(5):
         start = time.perf_counter()
@@ -59,7 +58,8 @@ def main() -> None:
     plain = smollm2(options.layers)
     weights = sum(parameter.nbytes for parameter in plain.parameters())
     ours = ckv_compile.optimize(smollm2(options.layers), budget=1.0, lowering=options.lowering)
-    rows, bandwidth = [], copy_bandwidth()
+    rows, source = [], torch.ones(1 << 26)
+    bandwidth = bandwidth_of(source)
     with torch.no_grad():
         for length in watched(lengths, "decode"):
             decoders = {"eager, full": Decoder(plain, prompt(length))}
@@ -70,6 +70,8 @@ def main() -> None:
             for _ in range(3 + 4 * options.repeats):
                 for name, decoder in decoders.items():
                     best[name] = min(best[name], decoder.step())
+            # What else the machine does hits this too: the best of all.
+            bandwidth = max(bandwidth, bandwidth_of(source))
             for name, decoder in decoders.items():
                 floor = (weights + decoder.nbytes) / bandwidth
                 rows.append(
