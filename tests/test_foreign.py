@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from families import prompt
-from models import LAYERS, STYLES, made
+from models import BARE, LAYERS, STYLES, made
 from torch._dynamo.utils import counters
 
 import ckv_compile
@@ -155,7 +155,7 @@ def test_the_bare_backend_cuts_it_as_well():
     style = STYLES["nanogpt"]
     expected, _, cut = reference_run(style, made(style.make), prompt(N), EvictionConfig(budget=0.5))
     model = made(style.make)
-    model.compile(backend="criticalkv", dynamic=True, options={"budget": 0.5, "lowering": "eager"})
+    model.compile(backend="criticalkv", dynamic=True, **BARE)
     tokens, _, pairs = run(style, model, prompt(N))
     assert torch.equal(tokens, expected)
     for got, want in zip(pairs, cut, strict=True):

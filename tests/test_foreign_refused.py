@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from families import prompt
-from models import LAYERS, STATIC, made
+from models import BARE, LAYERS, STATIC, made
 from torch import nn
 
 import ckv_compile
@@ -137,7 +137,7 @@ def test_positions_from_the_length_of_a_whole_cache_are_right(make, call, budget
 def test_the_bare_backend_warns_of_counted_positions(caplog):
     make, call = COUNTING["tuples"]
     model = made(make)
-    model.compile(backend="criticalkv", dynamic=True, options={"budget": 0.5, "lowering": "eager"})
+    model.compile(backend="criticalkv", dynamic=True, **BARE)
     counted_run(call, model, steps=2)
     assert "it takes positions from the cache's length" in caplog.text
 
@@ -236,7 +236,7 @@ def test_caches_that_would_break_are_refused(keep, reason, dynamic):
             with pytest.warns(UserWarning, match=reason):
                 got = optimized(model, 0.5)(ids, pos)
         else:
-            model.compile(backend="criticalkv", options={"budget": 0.5, "lowering": "eager"})
+            model.compile(backend="criticalkv", **BARE)
             got = model(ids, pos)
     torch.testing.assert_close(got, expected)
     found = ckv_compile.explain(made(lambda: models.NanoGPT(attention)), ids, pos)
