@@ -144,9 +144,8 @@ def counts_all(cache: Any) -> bool:
 
     Others would say that a cut prompt was short: later positions would be wrong, silently.
     """
-    bounded = (layer for layer in cache.layers if not getattr(layer, "is_sliding", False))
-    whole = [layer for layer in bounded if isinstance(layer, DynamicLayer)]
-    return all(isinstance(layer, EvictedLayer) for layer in whole)
+    layers = (layer for layer in cache.layers if isinstance(layer, DynamicLayer))
+    return all(isinstance(layer, EvictedLayer) or _is_bounded(layer) for layer in layers)
 
 
 def bounded_layers_agree(cache: Any, model: Any, mask: Tensor, row_budgets: Tensor) -> bool:
@@ -160,7 +159,7 @@ def bounded_layers_agree(cache: Any, model: Any, mask: Tensor, row_budgets: Tens
         mask: ``[B, K]``, 0 at pads, of all tokens seen.
         row_budgets: ``[B]`` entries that each row keeps.
     """
-    reach = [layer.sliding_window for layer in cache.layers if getattr(layer, "is_sliding", False)]
+    reach = [layer.sliding_window for layer in cache.layers if _is_bounded(layer)]
     if not reach:
         return True
     # Chunks begin at a row's first token, and transformers counts the pads before it.
@@ -169,6 +168,11 @@ def bounded_layers_agree(cache: Any, model: Any, mask: Tensor, row_budgets: Tens
     columns = torch.arange(mask.shape[1], device=mask.device)[-max(reach) :]
     shown = columns >= mask.shape[1] - row_budgets[:, None]
     return torch.equal(shown, mask[:, -max(reach) :].bool())
+
+
+def _is_bounded(layer: Any) -> bool:
+    """Whether the layer holds the last tokens alone: a sliding window, or a chunk."""
+    return getattr(layer, "is_sliding", False)
 
 
 def evicted_layers(cache: Any) -> list[EvictedLayer]:

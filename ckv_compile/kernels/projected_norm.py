@@ -74,7 +74,7 @@ def _gram(weight: Tensor, in_out: bool, heads: int) -> Tensor:
     if weight.is_inference():  # has no version
         return gram_of(weight, in_out, heads)
     state = (weight._version, weight.data_ptr(), weight.stride(), in_out, heads)
-    flat = weight.detach().reshape(-1) if weight.is_contiguous() else weight.detach().flatten()
+    flat = weight.detach().reshape(-1)
     sample = flat[:: max(flat.numel() // 1024, 1)].clone()
     held = _GRAMS.get(id(weight))
     known = held is not None and held[0]() is weight and held[1] == state
