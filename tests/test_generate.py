@@ -42,6 +42,19 @@ def test_two_graphs_for_all_lengths_and_budgets(optimized):
     assert not counters["graph_break"]
 
 
+def test_two_graphs_for_cut_padded_batches_of_all_lengths():
+    """How many slots the rows fill is read outside of the graph: no guard may know it."""
+    options = {"lowering": "eager", "window_size": 4}
+    model = ckv_compile.optimize(tiny(), budget=0.5, **options)
+    for budget in (0.5, 0.4, 0.25):
+        ckv_compile.optimize(model, budget, **options)
+        for n in (77, 50, 64):
+            mask = torch.ones(2, n, dtype=torch.int64)
+            mask[0, : n // 3] = 0
+            generated(model, prompt(n, batch=2), steps=3, attention_mask=mask)
+    assert ckv_compile.explain(model).graphs == 2
+
+
 def test_full_budget_gives_the_untouched_models_tokens(optimized):
     untouched = tiny()
     ckv_compile.optimize(optimized, 1.0, lowering=_lowering(optimized))

@@ -108,7 +108,8 @@ class EvictedLayer(DynamicLayer):
         """Append ``[B, Hkv, Q, D]``; returns all that attention is to read."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        if self.valid is not None and not self.call:
+        # In this order: a compiled call must not guard on how many slots there are.
+        if not self.call and self.valid is not None:
             raise RuntimeError(
                 "this cache holds the cut rows of a padded batch, which only the optimised model "
                 "can tell apart; call it after ckv_compile.optimize(model)"
