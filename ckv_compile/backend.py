@@ -12,9 +12,10 @@ import torch
 from torch.fx import GraphModule
 
 from .config import EvictionConfig
+from .methods.pack import PackKV
 from .passes import vocabulary as vocab
 from .passes.axes import chain_above
-from .passes.insert import row_bytes
+from .passes.insert import Inserted, row_bytes
 from .passes.match import dotted, example_inputs_require_grad
 from .passes.pipeline import Rewritten, rewrite
 from .report import Report, Traced, report_of
@@ -110,7 +111,7 @@ def _mode_patches(gm: GraphModule, mode: str) -> dict[str, Any]:
     from torch._inductor import list_mode_options
 
     options = dict(list_mode_options(mode))
-    if any(name.startswith("ckv_evict_") for name, _ in gm.named_children()):
+    if any(name.startswith(("ckv_evict_", "ckv_pack_")) for name, _ in gm.named_children()):
         # One recording for each prompt length would cost more than it saves.
         options.pop("triton.cudagraphs", None)
     return options
@@ -169,8 +170,7 @@ def report_of_graph(
         eviction = evictions.get(site.index)
         kept, budget_from = site.kv_len, ""
         if eviction is not None:
-            kept = vocab.value_of(eviction.node)[0].shape[2]
-            budget_from = "config" if eviction.module.from_config else "input"
+            kept, budget_from = _kept(eviction)
         return Traced(
             batch_size=_size(site.batch_size),
             kv_len=_size(site.kv_len),
@@ -183,6 +183,15 @@ def report_of_graph(
         )
 
     return report_of(rewritten.sites, rewritten.rejections, config, describe)
+
+
+def _kept(eviction: Inserted) -> tuple[Any, str]:
+    """Entries per head, on average where heads differ, and where that number comes from."""
+    if isinstance(eviction.module, PackKV):
+        # The capacity's size is the budget; shared out, the total is the same.
+        return vocab.value_of(eviction.node.args[4]).shape[0], "input"
+    kept = vocab.value_of(eviction.node)[0].shape[2]
+    return kept, "config" if eviction.module.from_config else "input"
 
 
 def _cache_of(site: AttentionSite) -> str:

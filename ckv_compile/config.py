@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import json
 import math
+import os
 import re
 from fractions import Fraction
 from typing import Any
@@ -12,6 +14,7 @@ from typing import Any
 import torch
 
 METHODS = ("criticalkv", "snapkv")
+ALLOCATIONS = ("uniform", "adakv", "headkv", "pyramid", "global")
 NORMS = ("l1", "l2", "value")
 LOWERINGS = ("auto", "inductor", "aot_eager", "eager")
 LATER_TURNS = ("keep", "evict")
@@ -153,6 +156,14 @@ class EvictionConfig:
         norm: "l1" or "l2" norm of the projected value; or "value", the L1 norm of the value alone,
             for models whose output projection cannot be read, or whose output is normed before it
             (Theorem 3 of the paper, which bounds the change of the output, does not hold for it).
+        allocation: how the budget is shared out; the total is the same for all. "uniform": every
+            head of every layer has the same; "adakv": heads of a layer compete (arXiv 2407.11550);
+            "headkv": shares from ``head_scores`` (arXiv 2410.19258); "pyramid": fewer from layer to
+            layer (arXiv 2406.02069); "global": all heads of all layers compete. All but "uniform"
+            keep the cut prompt in packed form and need a transformers cache.
+        safeguard: of "adakv", the share of a head's uniform budget that no other head can take.
+        head_scores: of "headkv", a number >= 0 for each layer and KV head: nested sequences, a
+            tensor ``[layers, heads]``, or the path of a JSON file with nested lists.
         later_turns: "keep" all tokens that follow a prompt, or "evict" again whenever several come
             at once, to the budget of all tokens seen. A prompt fed in pieces is one prompt.
         cross_attention: whether the entries of an encoder are evicted as well, once, at the first
@@ -177,6 +188,9 @@ class EvictionConfig:
     first_stage_ratio: float = 0.5
     epsilon: float = 1e-4
     norm: str = "l1"
+    allocation: str = "uniform"
+    safeguard: float = 0.2
+    head_scores: Any = None
     later_turns: str = "keep"
     cross_attention: bool = False
     rewrite_gqa: bool = True
@@ -186,6 +200,7 @@ class EvictionConfig:
     def __post_init__(self) -> None:
         _check_choice("method", self.method, METHODS)
         _check_choice("norm", self.norm, NORMS)
+        _check_choice("allocation", self.allocation, ALLOCATIONS)
         _check_choice("later_turns", self.later_turns, LATER_TURNS)
         _check_choice("lowering", self.lowering, LOWERINGS)
         _check_choice("mode", self.mode, MODES)
@@ -200,6 +215,14 @@ class EvictionConfig:
             raise ValueError(f"kernel_size={self.kernel_size} is even; it takes an odd int >= 1")
         _check_float("first_stage_ratio", self.first_stage_ratio, 0.0, 1.0, "a float in [0, 1]")
         _check_float("epsilon", self.epsilon, 0.0, math.inf, "a finite float >= 0")
+        _check_float("safeguard", self.safeguard, 0.0, 1.0, "a float in [0, 1]")
+        if self.head_scores is not None:
+            object.__setattr__(self, "head_scores", _head_scores(self.head_scores))
+        if (self.allocation == "headkv") != (self.head_scores is not None):
+            raise ValueError(
+                f"allocation={self.allocation!r} with head_scores={self.head_scores!r}; "
+                f"'headkv' takes head_scores, and nothing else does"
+            )
         for name in ("cross_attention", "rewrite_gqa"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name}={getattr(self, name)!r}; it takes True or False")
@@ -232,6 +255,11 @@ class EvictionConfig:
         """Whether the budget can only be resolved where the caches are known."""
         assert isinstance(self.budget, Budget)
         return self.budget.nbytes is not None
+
+    @property
+    def packs(self) -> bool:
+        """Whether heads keep different numbers of entries, in packed form."""
+        return self.allocation != "uniform"
 
     @property
     def reads_projection(self) -> bool:
@@ -272,6 +300,25 @@ def _check_float(name: str, value: object, low: float, high: float, takes: str) 
         raise TypeError(f"{name}={value!r} is a {type(value).__name__}; it takes {takes}")
     if not (low <= value <= high and value < math.inf):  # NaN fails the first
         raise ValueError(f"{name}={value!r} is out of range; it takes {takes}")
+
+
+def _head_scores(given: Any) -> tuple[tuple[float, ...], ...]:
+    """Numbers for each layer and head, from whatever holds them."""
+    takes = "it takes a number >= 0 for each layer and KV head, as nested sequences or a JSON file"
+    table = given
+    if isinstance(given, (str, os.PathLike)):
+        with open(given) as file:
+            table = json.load(file)
+    if isinstance(table, torch.Tensor):
+        table = table.tolist()
+    try:
+        rows = tuple(tuple(float(score) for score in row) for row in table)
+    except (TypeError, ValueError):
+        raise TypeError(f"head_scores={given!r}; {takes}") from None
+    scores = [score for row in rows for score in row]
+    if not all(0 <= score < math.inf for score in scores) or not sum(scores) > 0:
+        raise ValueError(f"head_scores={given!r}; {takes}, not all of them 0")
+    return rows
 
 
 def _number(text: str) -> float | int | str:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .config import CacheBytes, EvictionConfig
-from .sizes import varies
+from .sizes import TAIL, sized, varies
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,6 +20,8 @@ class Plan:
     without padding. ``gap`` is None for a fresh prefill; for what follows one it counts the
     tokens that are evicted, and only the columns of ``padding`` from there on are of the cache.
     ``strict``: a cache of other tokens than these must stay whole, for ours will count these.
+    ``total`` counts what all rows keep per head, but for the tail, where heads are to keep
+    different numbers of entries; None where all keep the same.
 
     Not read by the graph: ``seen`` tokens when it has run, ``real`` ``[B, K]`` entries then.
     """
@@ -32,6 +34,7 @@ class Plan:
     strict: bool
     seen: int
     real: Tensor | None
+    total: Tensor | None = None
 
     def mark(self, key: Tensor | None = None) -> Tensor:
         """Bring the budget into the graph that is being traced; elsewhere nothing happens.
@@ -86,4 +89,11 @@ def plan_for(
     # Expanded from one element: the size is what counts, not the memory.
     capacity = torch.empty((), dtype=torch.uint8, device=tokens.device).expand(length)
     varies(capacity, 0)
-    return Plan(capacity, tokens, held_mask, row_budgets, gap, strict, seen, real)
+    total = None
+    if config.packs and strict and gap is None:
+        budgets = [length] * tokens.shape[0] if row_budgets is None else row_budgets.tolist()
+        # A row of a single token has no tail: such a batch keeps everything.
+        if min(budgets) >= TAIL:
+            total = sized(sum(budgets) - TAIL * len(budgets), tokens.device)
+            varies(total, 0)
+    return Plan(capacity, tokens, held_mask, row_budgets, gap, strict, seen, real, total)

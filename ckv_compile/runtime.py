@@ -161,9 +161,21 @@ class OptimizedForward:
             )
             return self.model._call_impl(*args, **kwargs)
         fresh = room.tokens_seen(cache) == 0
+        if self.config.packs and fresh and room.has_fixed_layers(cache):
+            raise ValueError(
+                f"allocation={self.config.allocation!r} leaves heads of different lengths, which "
+                f"an EvictedCache(max_new_tokens=...) cannot hold; take 'uniform', or a cache that "
+                f"grows"
+            )
         # An encoder's entries are cut at the first call, be it of one token.
         least = 1 if fresh and self.config.cross_attention else 2
         cutting = q_len >= least and (fresh or self._cuts_again(cache)) and room.counts_all(cache)
+        if not fresh and q_len > 1 and room.is_packed(cache) and self._would_cut_again(cache):
+            self._warn_once(
+                "packed",
+                f"allocation={self.config.allocation!r} cuts the first piece of a prompt alone: "
+                "what follows it is kept whole",
+            )
         with room.writing(cache, self.model, q_len, cutting=cutting):
             result, plan = self._run(tokens, cache, fresh, cutting, args, kwargs)
         if plan is not None:
@@ -174,9 +186,13 @@ class OptimizedForward:
 
     def _cuts_again(self, cache: Any) -> bool:
         """Whether several tokens behind ``cache`` leave it cut to the budget of all of them."""
+        return self._would_cut_again(cache) and cache_room().can_cut_again(cache)
+
+    def _would_cut_again(self, cache: Any) -> bool:
+        """Whether several more tokens are a piece of a prompt, or a turn that is cut."""
         room = cache_room()
         turn = self.config.later_turns == "evict" and not room.takes_back(cache)
-        return (turn or room.in_prompt(cache)) and room.can_cut_again(cache)
+        return turn or room.in_prompt(cache)
 
     def _run(
         self,
@@ -303,9 +319,12 @@ class OptimizedForward:
         """Whether layers that are never cut can do with the mask that the plan's rows leave."""
         if mask is None or plan.row_budgets is None or plan.real is None:
             return True
+        room = cache_room()
+        if plan.total is not None:
+            return room.bounded_layers_agree(cache, self.model, mask, None)
         if plan.capacity.shape[0] == plan.real.shape[1]:  # nothing moves
             return True
-        return cache_room().bounded_layers_agree(cache, self.model, mask, plan.row_budgets)
+        return room.bounded_layers_agree(cache, self.model, mask, plan.row_budgets)
 
     def _cache_bytes(self, tokens: Tensor, kwargs: dict[str, Any]) -> CacheBytes:
         """What an entry takes in the model's caches: two tokens are run uncompiled and measured.

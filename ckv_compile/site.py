@@ -44,6 +44,10 @@ class Reason(enum.Enum):
         "pass the positions of new tokens in, and make masks of the lengths of q and k: a cut "
         "cache is shorter than what it has seen"
     )
+    NOT_PACKED = (
+        "call ckv_compile.optimize(model) and leave it a transformers cache; allocation='uniform' "
+        "cuts this layer in any case"
+    )
     WRITTEN_IN_PLACE = "export a model without in-place ops, or call run_decompositions({}) first"
     NESTED_GRAPH = (
         "export the whole call under torch.no_grad(), with no set_grad_enabled, autocast or "

@@ -22,3 +22,8 @@ def varies(tensor: Tensor, dim: int) -> None:
     """Tell Dynamo that this size differs from call to call, so that the first does not fix it."""
     if tensor.shape[dim] > 1:
         torch._dynamo.maybe_mark_dynamic(tensor, dim)
+
+
+# Behind packed entries the last real tokens of a prompt begin the dense tail, for a graph traced
+# with a tail of 0 or 1 would be for that length alone.
+TAIL = 2

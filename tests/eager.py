@@ -13,7 +13,7 @@ from transformers import AttentionInterface, DynamicCache
 from transformers.pytorch_utils import Conv1D
 
 from ckv_compile.config import EvictionConfig
-from ckv_compile.kernels import reference
+from ckv_compile.kernels import reference, reference_packed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,8 +26,8 @@ class Recorded:
     value: Tensor
     scale: float | None
 
-    def keep(self, config: EvictionConfig, seen: int) -> Tensor:
-        """Kept positions ``[B, Hkv, budget]`` by the oracle, after ``seen`` tokens."""
+    def scores(self, config: EvictionConfig) -> tuple[Tensor, Tensor]:
+        """Attention and norms ``[B, Hkv, K]`` by the oracle."""
         names = ("o_proj", "dense", "out_proj", "c_proj")
         projection = next(m for n in names if (m := getattr(self.module, n, None)) is not None)
         weight, in_out = weight_of(projection)
@@ -37,6 +37,11 @@ class Recorded:
         norms = reference.projected_norm(
             self.value, weight, in_out, self.query.shape[1], config.norm
         )
+        return scores, norms
+
+    def keep(self, config: EvictionConfig, seen: int) -> Tensor:
+        """Kept positions ``[B, Hkv, budget]`` by the oracle, after ``seen`` tokens."""
+        scores, norms = self.scores(config)
         return reference.select(
             scores,
             norms if config.method == "criticalkv" else None,
@@ -118,6 +123,73 @@ def generate(model: Any, ids: Tensor, config: EvictionConfig, steps: int) -> tup
         out = model(input_ids=tokens[-1], past_key_values=cache, use_cache=True, **extra)
         logits = out.logits[:, -1]
     return torch.cat(tokens, 1), torch.stack(all_logits, 1)
+
+
+@torch.no_grad()
+def packed_prefill(
+    model: Any, ids: Tensor, config: EvictionConfig, head_scores: Any = ()
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """What each layer keeps of a prompt, K and V ``[T, *]`` and where the heads begin."""
+    model = copy.deepcopy(model)
+    model.set_attn_implementation("recording")
+    _calls.clear()
+    model(input_ids=ids, past_key_values=DynamicCache(), use_cache=True)
+    calls = list(_calls)
+    bases, norms = zip(*(call.scores(config) for call in calls), strict=True)
+    real = torch.ones_like(ids, dtype=torch.bool)
+    rows = torch.full((len(ids),), config.entries(ids.shape[1]))
+    budgets = reference_packed.head_budgets(
+        bases, rows, config.window_size, real, config.allocation, config.safeguard, head_scores
+    )
+    return [
+        reference_packed.pack(
+            [call.key], [call.value], [base], [norm] if config.method == "criticalkv" else [],
+            [budget], config.window_size, config.first_stage_ratio, config.epsilon, real,
+        )
+        for call, base, norm, budget in zip(calls, bases, norms, budgets, strict=True)
+    ]  # fmt: skip
+
+
+@torch.no_grad()
+def generate_packed(model: Any, ids: Tensor, kept: list[Any], steps: int) -> Tensor:
+    """Greedy tokens ``[B, steps]`` of a model that keeps all and does not see what is not kept."""
+    model = copy.deepcopy(model)
+    cache = DynamicCache()
+    logits = model(input_ids=ids, past_key_values=cache, use_cache=True).logits[:, -1]
+    _hidden.clear()
+    for layer, (key, _, cu) in zip(cache.layers, kept, strict=True):
+        hidden = torch.ones(layer.keys.shape[:3], dtype=torch.bool)
+        for slot in range(len(cu) - 1):
+            b, h = divmod(slot, layer.keys.shape[1])
+            entries = key[cu[slot] : cu[slot + 1], None]
+            distance = (entries - layer.keys[b, h]).abs().amax(-1)
+            assert bool((distance.min(-1).values < 1e-4).all())
+            hidden[b, h, distance.argmin(-1)] = False
+        _hidden.append(hidden)
+    model.set_attn_implementation("hiding")
+    tokens = []
+    for _ in range(steps):
+        tokens.append(logits.argmax(-1, keepdim=True))
+        logits = model(input_ids=tokens[-1], past_key_values=cache, use_cache=True).logits[:, -1]
+    return torch.cat(tokens, 1)
+
+
+_hidden: list[Tensor] = []
+
+
+def _hiding(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: Any = None, **_: Any
+) -> tuple[Tensor, None]:
+    hidden = _hidden[module.layer_idx]
+    seen = F.pad(~hidden, (0, key.shape[2] - hidden.shape[2]), value=True)
+    seen = seen.repeat_interleave(query.shape[1] // key.shape[1], dim=1)[:, :, None]
+    out = F.scaled_dot_product_attention(
+        query, key, value, attn_mask=seen, scale=scaling, enable_gqa=True
+    )
+    return out.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register("hiding", _hiding)
 
 
 def _takes_positions(model: Any) -> bool:

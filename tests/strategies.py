@@ -51,3 +51,55 @@ def site(draw: st.DrawFn, lengths: st.SearchStrategy[int] = LENGTHS) -> dict[str
         query, key, value = map(non_contiguous, (query, key, value))
         weight = weight.T.contiguous().T
     return {"query": query, "key": key, "value": value, "weight": weight, "in_out": in_out}
+
+
+@st.composite
+def ragged(draw: st.DrawFn):
+    """Operands of ragged attention; heads of 0 and 1 entry among them."""
+    batch, kv_heads = draw(st.integers(1, 2)), draw(st.integers(1, 3))
+    groups, q_len = draw(st.sampled_from([1, 3, 4, 8])), draw(st.sampled_from([1, 2, 7]))
+    head_dim, value_dim = draw(st.sampled_from([8, 24, 64])), draw(st.sampled_from([8, 40]))
+    tail = draw(st.sampled_from([q_len, q_len + 5]))
+    lengths = draw(
+        st.lists(
+            st.sampled_from([0, 1, 2, 255, 256, 257, 600]) | st.integers(0, 40),
+            min_size=batch * kv_heads,
+            max_size=batch * kv_heads,
+        )
+    )
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 1 << 16)))
+    dtype = draw(DTYPES)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(dtype)
+
+    before = draw(st.sampled_from([0, 3]))  # entries of other layers in the same store
+    store = before + sum(lengths) + 2
+    mask = None
+    kind = draw(st.sampled_from(["none", "bool", "float", "causal"]))
+    if kind == "bool":
+        mask = torch.rand(batch, 1, q_len, tail, generator=generator) > 0.5
+    if kind == "float":
+        mask = randn(1, 1, q_len, tail).float()
+    return {
+        "query": randn(batch, kv_heads * groups, q_len, head_dim) * draw(st.sampled_from([1, 30])),
+        "packed_key": randn(store, head_dim),
+        "packed_value": randn(store, value_dim),
+        "cu_kv_lens": torch.tensor([0, *lengths]).cumsum(0).add(before).int(),
+        "key": randn(batch, kv_heads, tail, head_dim),
+        "value": randn(batch, kv_heads, tail, value_dim),
+        "mask": mask,
+        "is_causal": kind == "causal",
+        "scale": draw(st.sampled_from([None, 0.3])),
+    }
+
+
+def assert_attends_alike(actual: Tensor, expected: Tensor, operands: dict[str, Any]) -> None:
+    """Equal but for the rounding of logits, which exp makes a relative error, and of the result."""
+    assert actual.dtype == expected.dtype and not actual.isnan().any()
+    lengths = [operands[name].float().norm(dim=-1).max() for name in ("query", "packed_key", "key")]
+    scale = operands["scale"] or operands["query"].shape[-1] ** -0.5
+    logit = float(lengths[0] * max(lengths[1:])) * scale
+    step = torch.finfo(actual.dtype).eps
+    tolerance = max(32 * FLOAT32_STEP * (16 + logit), 8 * step)
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=4 * tolerance)

@@ -17,9 +17,11 @@ from transformers.cache_utils import (
     LinearAttentionAndFullAttentionLayer,
 )
 
+from ..sizes import TAIL
 from . import files
+from .fixed import FixedLayer
 from .hybrid import EvictedHybridLayer
-from .layers import EvictedLayer, FixedLayer
+from .layers import EvictedLayer
 
 
 class EvictedCache(DynamicCache):
@@ -58,7 +60,9 @@ class EvictedCache(DynamicCache):
         tensors = [t for layer in self.layers for t in _tensors(layer)]
         placed = (layer.positions for layer in evicted_layers(self))
         tensors += [positions for positions in placed if positions is not None]
-        return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+        # Layers may share a store.
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+        return sum(storages.values())
 
     def get_query_offset(self, layer_idx: int = 0) -> Any:
         """Where the next query stands among the keys of ``get_mask_sizes``."""
@@ -148,7 +152,7 @@ def counts_all(cache: Any) -> bool:
     return all(isinstance(layer, EvictedLayer) or _is_bounded(layer) for layer in layers)
 
 
-def bounded_layers_agree(cache: Any, model: Any, mask: Tensor, row_budgets: Tensor) -> bool:
+def bounded_layers_agree(cache: Any, model: Any, mask: Tensor, row_budgets: Tensor | None) -> bool:
     """Whether layers that hold the last tokens alone can read the mask of rows that are cut.
 
     All layers of a model read one mask, and behind a cut its last columns are those of the slots
@@ -157,11 +161,14 @@ def bounded_layers_agree(cache: Any, model: Any, mask: Tensor, row_budgets: Tens
 
     Args:
         mask: ``[B, K]``, 0 at pads, of all tokens seen.
-        row_budgets: ``[B]`` entries that each row keeps.
+        row_budgets: ``[B]`` entries that each row keeps; None where they are packed, and the mask's
+            last columns are those of each row's last real tokens.
     """
     reach = [layer.sliding_window for layer in cache.layers if _is_bounded(layer)]
     if not reach:
         return True
+    if row_budgets is None:
+        return bool(mask[:, -TAIL:].all())
     # Chunks begin at a row's first token, and transformers counts the pads before it.
     if getattr(model.config.get_text_config(decoder=True), "attention_chunk_size", None):
         return False
@@ -231,6 +238,19 @@ def writing(cache: Any, model: Any, q_len: int, *, cutting: bool) -> Iterator[No
         layer.call, layer.plan = "", None
 
 
+def is_packed(cache: Any) -> bool:
+    """Whether the cache holds heads of different lengths."""
+    layer = first_layer(cache)
+    return layer is not None and layer.packed is not None
+
+
+def has_fixed_layers(cache: Any) -> bool:
+    """Whether its tensors are to keep their shape, see ``EvictedCache(max_new_tokens=...)``."""
+    return any(isinstance(layer, FixedLayer) for layer in cache.layers) or isinstance(
+        getattr(cache, "layer_class_to_replicate", None), functools.partial
+    )
+
+
 def takes_back(cache: Any) -> bool:
     """Whether tokens may be taken back after a call, as assisted decoding does."""
     return any(layer.record_past for layer in evicted_layers(cache))
@@ -261,6 +281,8 @@ def finish_prompt(cache: Any) -> None:
 def can_cut_again(cache: Any) -> bool:
     """Whether all layers were cut alike: only then one budget and one mask serve them all."""
     layers = [layer for layer in evicted_layers(cache) if layer.is_initialized]
+    if any(layer.packed is not None for layer in layers):
+        return False
     alike = {(layer.held, layer.evicted) for layer in layers}
     return len(alike) == 1 and all(layer.gap is not None for layer in layers)
 
@@ -271,9 +293,14 @@ def settle(cache: Any, plan: Any, window_size: int) -> None:
     Args:
         window_size: the last tokens, all of which are held.
     """
+    packed = _are_packed(cache)
     for layer in evicted_layers(cache):
         if not layer.is_initialized:
             continue
+        if packed:
+            layer.settle_packed(plan.seen)
+            continue
+        layer.packing = None
         held, valid = layer.held, plan.real
         cut = held == plan.capacity.shape[0]
         # A layer that was left whole has its entries where they were, however many came.
@@ -287,6 +314,22 @@ def settle(cache: Any, plan: Any, window_size: int) -> None:
         if getattr(layer, "is_sliding", False) and layer.is_initialized:
             layer.keys, layer.values = _alone(layer.keys), _alone(layer.values)
     _share_sizes(cache)
+
+
+def _are_packed(cache: Any) -> bool:
+    """Whether a call has packed its layers; all of them or none.
+
+    Raises:
+        RuntimeError: some are and some are not, so no mask would fit them all.
+    """
+    layers = [layer for layer in evicted_layers(cache) if layer.is_initialized]
+    packed = [layer.packing is not None and len(layer.packing[0]) > 0 for layer in layers]
+    if any(packed) and not all(packed):
+        raise RuntimeError(
+            f"layer {packed.index(False)} could not be packed and others were: a graph break of "
+            f"the model's own stands between them; take allocation='uniform'"
+        )
+    return any(packed)
 
 
 def _alone(tensor: Tensor) -> Tensor:
@@ -309,6 +352,8 @@ def physical_mask(cache: Any, attention_mask: Tensor | None, q_len: int) -> Tens
     layer = first_layer(cache)
     if layer is None:
         return attention_mask
+    if layer.packed is not None:
+        return _mask_behind_packed(cache, attention_mask, layer.prompt_len)
     if attention_mask is None:
         if layer.valid is None and not is_fixed(cache):
             return None
@@ -326,6 +371,19 @@ def physical_mask(cache: Any, attention_mask: Tensor | None, q_len: int) -> Tens
     since = attention_mask[:, layer.prompt_len :]
     unused = offset + length - kept.shape[1] - since.shape[1]
     return torch.cat([kept, since, since.new_zeros(rows, max(unused, 0))], dim=1)
+
+
+def _mask_behind_packed(
+    cache: Any, attention_mask: Tensor | None, prompt_len: int
+) -> Tensor | None:
+    """All that is packed is real, and so is the tail: what the prompt's columns say is not read.
+
+    But layers that hold the last tokens read them, see ``bounded_layers_agree``.
+    """
+    if attention_mask is None or any(_is_bounded(layer) for layer in cache.layers):
+        return attention_mask
+    since = attention_mask[:, prompt_len:]
+    return torch.cat([torch.ones_like(attention_mask[:, :prompt_len]), since], dim=1)
 
 
 def row_bytes(cache: Any) -> tuple[int, list[tuple[int, int]]]:

@@ -13,8 +13,12 @@ from torch import Tensor
 
 from ..sizes import sized
 from .layers import EvictedLayer
+from .packed import PackedKV
 
-_FORMAT, _VERSION = "ckv_compile.EvictedCache", 1
+_FORMAT = "ckv_compile.EvictedCache"
+# Version 2 adds packed layers; a file without them is one of version 1.
+_VERSIONS = ("1", "2")
+_PACKED = ("packed_keys", "packed_values", "cu_kv_lens")
 
 
 def write(path: str | os.PathLike[str], layers: list[Any], fingerprint: str) -> None:
@@ -31,10 +35,16 @@ def write(path: str | os.PathLike[str], layers: list[Any], fingerprint: str) -> 
             tensor = getattr(layer, name)
             if tensor is not None:
                 tensors[f"{i}.{name}"] = tensor.contiguous()
+        if layer.packed is not None:
+            alone = layer.packed.alone()
+            parts = (alone.keys, alone.values, alone.cu_kv_lens)
+            # Cloned: a file holds no two tensors of one storage.
+            named = zip(_PACKED, parts, strict=True)
+            tensors |= {f"{i}.{name}": part.clone() for name, part in named}
         states.append([layer.evicted, layer.thinned, layer.prompt_len])
     metadata = {
         "format": _FORMAT,
-        "version": str(_VERSION),
+        "version": _VERSIONS[any(layer.packed is not None for layer in layers)],
         "fingerprint": fingerprint,
         "layers": json.dumps(states),
     }
@@ -57,9 +67,9 @@ def read(path: str | os.PathLike[str], model: Any, device: str) -> tuple[list[Ev
         raise ValueError(f"{where}: not a whole safetensors file ({error})") from None
     if metadata.get("format") != _FORMAT:
         raise ValueError(f"{where}: not a cache of ckv_compile")
-    if metadata.get("version") != str(_VERSION):
+    if metadata.get("version") not in _VERSIONS:
         raise ValueError(
-            f"{where}: cache format {metadata.get('version')}, this is version {_VERSION}"
+            f"{where}: cache format {metadata.get('version')}, this reads {' and '.join(_VERSIONS)}"
         )
     if model is not None and metadata["fingerprint"] != fingerprint_of(model):
         raise ValueError(f"{where}: the cache was filled by another model or other weights")
@@ -89,6 +99,10 @@ def _layer(where: str, index: int, state: list[int], tensors: dict[str, Tensor])
     layer.gap = sized(evicted, keys.device)
     layer.thinned, layer.prompt_len, layer.complete = thinned, prompt_len, True
     layer.positions = tensors.get(f"{index}.positions")
+    if f"{index}.{_PACKED[0]}" in tensors:
+        layer.packed = PackedKV(*(tensors[f"{index}.{name}"] for name in _PACKED))
+        if layer.packed.cu_kv_lens.numel() != keys.shape[0] * keys.shape[1] + 1:
+            raise ValueError(f"{where}: layer {index} has heads that do not match")
     if layer.valid is not None and layer.valid.shape[0] != keys.shape[0]:
         raise ValueError(f"{where}: layer {index} has rows that do not match")
     return layer

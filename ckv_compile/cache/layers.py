@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
 from ..sizes import number_of, sized, varies
+from .packed import PackedKV
 
 # A buffer grows by this many tokens at least: what it holds is copied once in so many steps.
 _BLOCK = 128
@@ -39,6 +40,11 @@ class EvictedLayer(DynamicLayer):
         self.valid: Tensor | None = None
         # [B, Hkv, kept] int64, where the kept entries of the prompt stood; None where no bias asks.
         self.positions: Tensor | None = None
+        # What is kept of the prompt, if its heads keep different numbers of entries; then ``keys``
+        # and ``values`` are its last two tokens and those since, and ``gap`` counts the others.
+        self.packed: PackedKV | None = None
+        # The same as the call leaves it, see ``settle_packed``.
+        self.packing: tuple[Tensor, Tensor, Tensor] | None = None
         # Entries before the observation window: here tokens are missing in between.
         self.thinned = 0
         self.prompt_len = 0
@@ -109,10 +115,11 @@ class EvictedLayer(DynamicLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         # In this order: a compiled call must not guard on how many slots there are.
-        if not self.call and self.valid is not None:
+        if not self.call and (self.valid is not None or self.packed is not None):
             raise RuntimeError(
-                "this cache holds the cut rows of a padded batch, which only the optimised model "
-                "can tell apart; call it after ckv_compile.optimize(model)"
+                "this cache holds the cut rows of a padded batch, or heads of different lengths, "
+                "which only the optimised model can read; call it after "
+                "ckv_compile.optimize(model), in eval mode and under torch.no_grad()"
             )
         # Here, beside the attention, and not only at the model's entrance: a graph that begins
         # behind a graph break of the model's own must know the budget too.
@@ -125,11 +132,18 @@ class EvictedLayer(DynamicLayer):
             self._values = value_states.clone(memory_format=torch.contiguous_format)
             if plan is not None:
                 self.positions = plan.mark(self._keys)
+                if plan.total is not None:
+                    self.packing = torch.ops.ckv_compile.packed(
+                        self._keys, self._values, plan.total
+                    )
             return self._keys, self._values
         if plan is not None:
             plan.mark()
         keys, values = self._append(key_states, value_states)
         self._mark_positions(keys)
+        if self.packed is not None:
+            packed = self.packed
+            torch.ops.ckv_compile.prefix(keys, packed.keys, packed.values, packed.cu_kv_lens)
         return keys, values
 
     def _append(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
@@ -181,6 +195,14 @@ class EvictedLayer(DynamicLayer):
             self.positions = None
         self.prompt_len, self.thinned = self.held + evicted, max(self.held - window_size, 0)
 
+    def settle_packed(self, seen: int) -> None:
+        """Note what the call has left of a prompt of ``seen`` tokens, if it was packed."""
+        assert self.packing is not None
+        self.packed, self.packing = PackedKV(*self.packing), None
+        self.gap = sized(seen - self.held, self._keys.device)
+        self.positions = None
+        self.prompt_len, self.thinned = seen, 0
+
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last tokens: those of the observation window and those since.
 
@@ -200,7 +222,7 @@ class EvictedLayer(DynamicLayer):
             )
         self.record_past = True
         left = max(self.held + tokens_to_remove, 0)
-        if not left:
+        if not left and self.packed is None:
             return self.reset()
         self._shorten(left)
         if self.valid is not None:
@@ -221,15 +243,20 @@ class EvictedLayer(DynamicLayer):
     def reset(self) -> None:
         self.keys = self.values = None
         self.is_initialized = self.complete = self.record_past = False
-        self.gap = self.valid = self.positions = None
+        self.gap = self.valid = self.positions = self.packed = self.packing = None
         self.thinned = self.prompt_len = 0
 
     def offload(self) -> None:
-        self._replace(lambda buffer: buffer.to("cpu", non_blocking=True))
+        self._move("cpu")
 
     def prefetch(self) -> None:
         if self._keys is not None and self._keys.device != self.device:
-            self._replace(lambda buffer: buffer.to(self.device, non_blocking=True))
+            self._move(self.device)
+
+    def _move(self, device: Any) -> None:
+        self._replace(lambda buffer: buffer.to(device, non_blocking=True))
+        if self.packed is not None:
+            self.packed = self.packed.to(device)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._on_rows(lambda rows: rows.index_select(0, beam_idx.to(rows.device)))
@@ -241,6 +268,8 @@ class EvictedLayer(DynamicLayer):
         self._on_rows(lambda rows: rows[indices])
 
     def _on_rows(self, change: Callable[[Tensor], Tensor]) -> None:
+        if self.packed is not None:
+            self.packed = self.packed.rows(change, self._keys.shape[0])
         self._replace(change)
         if self.valid is not None:
             self.valid = change(self.valid)
@@ -252,16 +281,19 @@ class EvictedLayer(DynamicLayer):
             self._keys, self._values = change(self._keys), change(self._values)
 
     def tensors(self) -> Iterator[Tensor]:
-        """The buffers of keys and values."""
+        """The buffers of keys and values, the packed ones behind the others."""
         if self._keys is not None:
             yield from (self._keys, self._values)
+        if self.packed is not None:
+            yield from (self.packed.keys, self.packed.values)
 
     def declare_sizes(self) -> None:
         """Tell Dynamo which sizes vary from call to call, and which never do."""
         for tensor in self.tensors():
             # Another model in the same process, with other heads, would make ours symbolic.
-            _mark_static(tensor, (1, 3))
-            self._declare_length(tensor, 2)
+            dense = tensor.dim() == 4
+            _mark_static(tensor, (1, 3) if dense else (1,))
+            self._declare_length(tensor, 2 if dense else 0)
         if self.positions is not None:
             _mark_static(self.positions, (1,))
             self._declare_length(self.positions, 2)
@@ -271,134 +303,6 @@ class EvictedLayer(DynamicLayer):
 
     def _declare_length(self, tensor: Tensor, dim: int) -> None:
         varies(tensor, dim)
-
-
-class FixedLayer(EvictedLayer):
-    """An ``EvictedLayer`` whose tensors keep address and shape while tokens are generated.
-
-    Once the prompt is in, the buffer takes ``max_new_tokens`` more and attention reads all of it
-    under a mask. How many entries are in use is a tensor, so that CUDA graphs can replay a step.
-    Only an optimised model sees it so; to others it is an ``EvictedLayer``.
-    """
-
-    def __init__(self, max_new_tokens: int, **_: Any) -> None:
-        super().__init__()
-        self.max_new_tokens = max_new_tokens
-        # Entries in use and tokens evicted, int64 scalars on the device; None before the prompt.
-        self.filled: Any = None
-        self.shift: Any = None
-        # What ``filled`` holds, known without waiting for the device.
-        self.used = 0
-
-    @property
-    def is_fixed(self) -> bool:
-        """Whether the running call sees all slots, the unused ones as well."""
-        return self.filled is not None and self.call == "append"
-
-    def _held(self) -> int:
-        # Not a property: Dynamo does not follow super() of one.
-        return super()._held() if self.filled is None else self.used
-
-    def _in_use(self, buffer: Tensor | None) -> Tensor | None:
-        if self.filled is None or buffer is None:
-            return super()._in_use(buffer)
-        return buffer[:, :, : self.held]
-
-    def get_seq_length(self) -> Any:
-        """Tokens seen, held or not; a tensor where a call is traced."""
-        if self.is_fixed and torch.compiler.is_dynamo_compiling():
-            return self.filled + self.shift
-        return super().get_seq_length()
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """The whole buffer, its slots counted from 0; see ``EvictedCache.get_query_offset``."""
-        if self.is_fixed:
-            return self._keys.shape[-2], 0
-        return super().get_mask_sizes(query_length)
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        if not self.is_fixed:
-            self._loosen()
-            return super().update(key_states, value_states)
-        q_len = key_states.shape[-2]
-        slots = torch.arange(q_len, device=self.filled.device) + self.filled
-        self.filled.add_(q_len)
-        self._keys.index_copy_(2, slots, key_states)
-        self._values.index_copy_(2, slots, value_states)
-        self._mark_positions(self._keys)
-        return self._keys, self._values
-
-    def reserve(self, q_len: int) -> None:
-        if self._keys is None:
-            return
-        if self.call == "cut":
-            # The pass cuts at lengths, not at slots.
-            self._loosen()
-            return super().reserve(q_len)
-        if self.filled is None:
-            self._fix()
-        room = self._keys.shape[-2] - self.used
-        if q_len > room:
-            raise ValueError(
-                f"the cache is full: it has room for {room} more tokens and the call brings "
-                f"{q_len}; give EvictedCache a larger max_new_tokens than {self.max_new_tokens}"
-            )
-
-    def settle(self, evicted: int, window_size: int, valid: Tensor | None) -> None:
-        super().settle(evicted, window_size, valid)
-        self._fix()
-
-    def advance(self, q_len: int) -> None:
-        """Count the tokens of a call that has succeeded."""
-        self.used += q_len if self.filled is not None else 0
-
-    def rewind(self) -> None:
-        """Forget the tokens of a call that has failed."""
-        if self.filled is not None:
-            self.filled.fill_(self.used)
-
-    def _fix(self) -> None:
-        self.used = self.held
-        self._grow(self.used + self.max_new_tokens)
-        self.count = None
-        self.filled = torch.tensor(self.used, device=self._keys.device)
-        self.shift = torch.tensor(self.evicted, device=self._keys.device)
-        # Unused slots are read under a mask, and zero times NaN is NaN.
-        for tensor in self.tensors():
-            tensor[:, :, self.used :] = 0
-        for tensor in (*self.tensors(), self.filled, self.shift):
-            torch._dynamo.mark_static_address(tensor, guard=False)
-
-    def _loosen(self) -> None:
-        if self.filled is not None:
-            self.count = sized(self.held, self._keys.device)
-            self.filled = self.shift = None
-
-    def _shorten(self, left: int) -> None:
-        if self.filled is None:
-            return super()._shorten(left)
-        self.used = left
-        self.filled.fill_(left)
-
-    def _replace(self, change: Callable[[Tensor], Tensor]) -> None:
-        before = tuple(self.tensors())
-        super()._replace(change)
-        if self.filled is None or not before or before[0].shape != self._keys.shape:
-            return
-        # The same rows in another order: the addresses stay.
-        for old, new in zip(before, self.tensors(), strict=True):
-            old.copy_(new)
-        self._keys, self._values = before
-
-    def reset(self) -> None:
-        super().reset()
-        self.filled = self.shift = None
-
-    def _declare_length(self, tensor: Tensor, dim: int) -> None:
-        if self.filled is None:
-            super()._declare_length(tensor, dim)
 
 
 def _mark_static(tensor: Any, dims: tuple[int, ...]) -> None:

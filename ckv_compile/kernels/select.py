@@ -87,14 +87,14 @@ def _select(
     if norm is not None:
         first = (ratio[0] * row_budgets // ratio[1]).clamp(min=window_size)
         first = first.minimum(count[:, :, None])
-        keys = _sort_keys(base, kept, real, positions)
+        keys = sort_keys(base, kept, real, positions)
         # Keys are distinct, so the threshold lets exactly `first` of them through.
         ordered = keys.topk(int(first.max()), dim=-1).values
         if ordered.shape[-1]:
             last = (first - 1).clamp(min=0).expand(*base.shape[:2], 1)
             kept = (keys >= ordered.gather(-1, last)) & (first > 0)
         scores = (base + epsilon) * norm
-    best = _sort_keys(scores, kept, real, positions).topk(budget, dim=-1).indices
+    best = sort_keys(scores, kept, real, positions).topk(budget, dim=-1).indices
     unused = torch.arange(budget, device=base.device) >= row_budgets
     return best.masked_fill(unused, -1).sort(dim=-1).values.clamp(min=0)
 
@@ -113,7 +113,7 @@ def _(
     return base.new_empty((base.shape[0], base.shape[1], budget), dtype=torch.int64)
 
 
-def _sort_keys(scores: Tensor, first: Tensor, real: Tensor, positions: Tensor) -> Tensor:
+def sort_keys(scores: Tensor, first: Tensor, real: Tensor, positions: Tensor) -> Tensor:
     """Distinct int64 keys: ``first`` before all, then by score, pads last; of equals the later.
 
     The high half is the float's bit pattern, which orders like the float once negative numbers are

@@ -126,3 +126,45 @@ class EvictKV(nn.Module):
             f"epsilon={config.epsilon}, norm={config.norm}, in_out={self.in_out}, "
             f"cross={self.cross}"
         )
+
+
+class ScoreKV(nn.Module):
+    """``ckv_score_i`` in the graph: what a layer's entries score; a later node cuts them."""
+
+    def __init__(self, config: EvictionConfig, in_out: bool) -> None:
+        super().__init__()
+        self.config, self.in_out = config, in_out
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        o_proj_weight: Tensor | None,
+        scale: Any = None,
+        padding: Tensor | None = None,
+        adapters: Adapters = (),
+    ) -> tuple[Tensor, ...]:
+        """Base scores ``[B, Hkv, K]`` and, if the method has one, the norm; as for ``EvictKV``."""
+        inputs = ScoreInputs(
+            query,
+            key,
+            value,
+            o_proj_weight,
+            self.in_out,
+            scale,
+            None,
+            self.config,
+            None if padding is None else padding.bool(),
+            adapters=adapters,
+        )
+        scores = METHODS[self.config.method](inputs)
+        return (scores.base,) if scores.norm is None else (scores.base, scores.norm)
+
+    def extra_repr(self) -> str:
+        """All that the body depends on; the compile cache is keyed by it."""
+        config = self.config
+        return (
+            f"method={config.method}, window_size={config.window_size}, "
+            f"kernel_size={config.kernel_size}, norm={config.norm}, in_out={self.in_out}"
+        )

@@ -12,6 +12,7 @@ from torch.fx import GraphModule, Node
 
 from ..config import EvictionConfig
 from ..methods.evict import EvictKV
+from ..methods.pack import PackKV
 from ..site import AttentionSite, Phase, Reason, Rejection
 from ..sizes import number_of
 from . import vocabulary as vocab
@@ -103,7 +104,7 @@ class Inserted:
 
     site: AttentionSite
     node: Node
-    module: EvictKV
+    module: EvictKV | PackKV
     # Which output of the graph is which of the node's.
     outputs: dict[int, int]
 
@@ -246,7 +247,7 @@ def _insert(
         with graph.inserting_after(node):
             parts[part] = graph.call_function(operator.getitem, (node, part))
         vocab.annotate(parts[part], operator.getitem, like=site.sdpa)
-    _repoint(gm, {i: parts[part] for i, part in outputs.items()})
+    repoint(gm, {i: parts[part] for i, part in outputs.items()})
     return Inserted(site, node, module, outputs)
 
 
@@ -258,7 +259,8 @@ def _outputs_for(site: AttentionSite, capacity: Capacity | None) -> dict[int, in
     return outputs
 
 
-def _repoint(gm: GraphModule, new: dict[int, Node]) -> None:
+def repoint(gm: GraphModule, new: dict[int, Node]) -> None:
+    """Let the graph return other values at these positions."""
     (output,) = (node for node in gm.graph.nodes if node.op == "output")
     returned = tuple(new.get(i, value) for i, value in enumerate(vocab.outputs_of(gm)))
     output.args = (returned,)

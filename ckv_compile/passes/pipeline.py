@@ -9,11 +9,13 @@ from torch.fx import GraphModule
 from ..config import EvictionConfig
 from ..site import AttentionSite, Rejection
 from . import vocabulary as vocab
+from .attend import attend_packed, take_prefixes
 from .bias import place_biases
 from .einsum import spell_out_einsums
 from .fold import fold_groups
 from .insert import Inserted, insert_eviction, phase_of, take_capacity, without_uncounted
 from .match import match_sites
+from .pack import insert_packing, take_packed, without_unpacked
 from .positions import without_counting_caches
 from .verify import verify
 
@@ -42,6 +44,7 @@ def rewrite(
     """
     # The budget may come as an input of the graph; its marker must go before anything else reads.
     capacity = take_capacity(gm)
+    prefixes = take_prefixes(gm)
     # The readers know products as matmuls alone.
     spell_out_einsums(gm)
     place_biases(gm)
@@ -58,9 +61,16 @@ def rewrite(
     # Our own caches know how many tokens they have seen.
     if not counted and not (capacity is not None and capacity.strict):
         sites, rejections = without_counting_caches(sites, rejections)
+    wanted = take_packed(gm)
+    sites, rejections = without_unpacked(sites, rejections, wanted, config)
     before = vocab.outputs_of(gm)
-    inserted = insert_eviction(gm, sites, config, capacity)
-    folded = fold_groups(gm, sites) if config.rewrite_gqa else ()
+    # What is packed is cut; the other pass finds it done.
+    packed = insert_packing(gm, sites, config, capacity, wanted)
+    done = {one.site.index for one in packed}
+    rest = [site for site in sites if site.index not in done]
+    inserted = (*packed, *insert_eviction(gm, rest, config, capacity))
+    dense = attend_packed(gm, sites, prefixes, config.lowering)
+    folded = fold_groups(gm, dense) if config.rewrite_gqa else ()
     # Always last: a wrong graph must not run.
     verify(gm, before, inserted)
     return Rewritten(sites, rejections, inserted, folded)

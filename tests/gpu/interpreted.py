@@ -20,10 +20,18 @@ from gpu.codegen import Code
 from gpu.nodes import NODES
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import FLOAT32_STEP, non_contiguous, site
+from strategies import FLOAT32_STEP, assert_attends_alike, non_contiguous, ragged, site
 from torch import Tensor
 
-from ckv_compile.kernels import compact, projected_norm, reference, select, window_attention
+from ckv_compile.kernels import (
+    compact,
+    projected_norm,
+    ragged_attention,
+    reference,
+    reference_packed,
+    select,
+    window_attention,
+)
 
 SETTINGS = settings(deadline=None, max_examples=int(os.environ["CKV_EXAMPLES"]))
 LENGTHS = st.integers(1, 40) | st.sampled_from([31, 32, 33, 63, 65, 129])
@@ -246,6 +254,15 @@ def test_compact(site: dict[str, Any], data: st.DataObject) -> None:
         assert torch.equal(cut, right)
         assert cut.dtype == whole.dtype and cut.is_contiguous()
         assert cut.untyped_storage().nbytes() == cut.numel() * cut.element_size()
+
+
+@SETTINGS
+@given(ragged())
+def test_ragged_attention(operands: dict[str, Any]) -> None:
+    """Prevents a tile of one head from reading the next one's entries, and empty heads from NaN."""
+    actual = ragged_attention.ragged_attention(**operands, triton=True)
+    expected = reference_packed.ragged_attention(**operands)
+    assert_attends_alike(actual, expected, operands)
 
 
 def _generated(name: str) -> Code:

@@ -14,6 +14,7 @@ from torch import Tensor
 from ckv_compile.config import EvictionConfig
 from ckv_compile.kernels.compact import compact
 from ckv_compile.kernels.projected_norm import projected_norm
+from ckv_compile.kernels.ragged_attention import ragged_attention
 from ckv_compile.kernels.window_attention import window_attention
 from ckv_compile.methods.evict import EvictKV
 
@@ -39,6 +40,8 @@ OURS = (
     "select_kernel",
     "compact_kernel",
 )
+# Of later calls.
+DECODE = ("prefix_attention_kernel",)
 # Like no other size, so that what is dynamic is known by it.
 KV_LEN, BUDGET = 5003, 503
 
@@ -100,14 +103,19 @@ def generated(name: str, cc: int, shape: Shape = LLAMA) -> tuple[Code, Sequence[
 def products(dtype: torch.dtype, head_dim: int) -> Code:
     """The kernels whose tiles depend on the dtype and on head_dim, of a layer of 32 heads."""
 
-    def fn(query: Tensor, key: Tensor, value: Tensor, weight: Tensor, keep: Tensor) -> object:
+    def fn(
+        query: Tensor, key: Tensor, value: Tensor, weight: Tensor, keep: Tensor, cu: Tensor
+    ) -> object:
         norm = projected_norm(value, weight, False, 32, "l1", triton=True)
         gram = projected_norm(value, weight, False, 32, "l2", triton=True)
         scores = window_attention(query, key, None, 32, 7, 50.0, triton=True)
-        return norm, gram, scores, compact(key, value, keep, triton=True)
+        asking, packed, tail = query[:, :, :1], key[0].flatten(0, 1), key[:, :, :40]
+        seen = ragged_attention(asking, packed, packed, cu, tail, tail, triton=True)
+        return norm, gram, scores, compact(key, value, keep, triton=True), seen
 
     query = torch.empty(1, 32, KV_LEN, head_dim, dtype=dtype, device="meta")
     key = torch.empty(1, 8, KV_LEN, head_dim, dtype=dtype, device="meta")
     weight = torch.empty(4096, 32 * head_dim, dtype=dtype, device="meta")
     keep = torch.empty(1, 8, 500, dtype=torch.int64, device="meta")
-    return inductor_code(fn, (query, key, key, weight, keep), (KV_LEN,))
+    cu = torch.empty(9, dtype=torch.int32, device="meta")
+    return inductor_code(fn, (query, key, key, weight, keep, cu), (KV_LEN,))

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 from gpu.codegen import Code, kernels_in
-from gpu.nodes import OURS, generated, products
+from gpu.nodes import DECODE, OURS, generated, products
 from gpu.offline import shared_memory_limit, usage_of
 
 
@@ -17,7 +17,7 @@ def assert_fits(code: Code, cc: int) -> None:
     for kernel in kernels:
         usage = usage_of(kernel, cc)
         # Inductor bears a few with its own kernels: it looks for others at 16 words.
-        spilled = 0 if kernel.name in OURS else 16 * 4
+        spilled = 0 if kernel.name in (*OURS, *DECODE) else 16 * 4
         assert usage.spilled <= spilled, (kernel.name, usage)
         assert usage.shared <= shared_memory_limit(cc), (kernel.name, usage)
 

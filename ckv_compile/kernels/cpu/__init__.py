@@ -1,0 +1,1 @@
+"""C++ for what neither PyTorch's ops nor code generated from them do well on a CPU."""

@@ -1,0 +1,177 @@
+"""How a budget is shared out over the heads and layers of a model: pure integer arithmetic.
+
+Every allocation hands out exactly what ``uniform`` would: the entries beyond the observation window
+add up to ``extra`` times the number of heads, in each row of the batch. The window is every head's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+from ..config import exact_share
+from ..kernels.select import sort_keys
+
+# PyramidKV's ratio of the mean to the last layer's budget; HeadKV's share of the common pool.
+PYRAMID_BETA = 20
+HEADKV_BETA = Fraction(101, 100)
+
+
+@dataclasses.dataclass(frozen=True)
+class Shares:
+    """What some allocations want to know: options of :class:`ckv_compile.EvictionConfig`.
+
+    ``head_scores`` are those of all layers, one after the other.
+    """
+
+    safeguard: float = 0.2
+    head_scores: tuple[float, ...] | None = None
+
+
+# Scores [B, Hkv, K] of each layer, extra [B], candidates [B, K] -> [B, Hkv] int64 of each layer.
+Allocation = Callable[[Sequence[Tensor], Tensor, Tensor, Shares], list[Tensor]]
+
+
+def uniform(
+    scores: Sequence[Tensor], extra: Tensor, candidates: Tensor, shares: Shares
+) -> list[Tensor]:
+    """``extra`` entries for every head."""
+    return [extra[:, None].expand(-1, layer.shape[1]) for layer in scores]
+
+
+def adakv(
+    scores: Sequence[Tensor], extra: Tensor, candidates: Tensor, shares: Shares
+) -> list[Tensor]:
+    """Within a layer, the heads whose entries score best get most (Ada-KV, arXiv 2407.11550).
+
+    A head's share is the number of its entries among the layer's best, mixed with a floor:
+    ``(1 - safeguard) * count + safeguard * extra``, rounded by the largest remainder.
+    """
+    floor = exact_share(shares.safeguard)
+    budgets = []
+    for layer in scores:
+        count = _counts([layer], extra, candidates)
+        quota = (floor.denominator - floor.numerator) * count + floor.numerator * extra[:, None]
+        budgets.append(_apportioned(quota, floor.denominator, extra * layer.shape[1]))
+    return budgets
+
+
+def global_(
+    scores: Sequence[Tensor], extra: Tensor, candidates: Tensor, shares: Shares
+) -> list[Tensor]:
+    """One choice over all heads of all layers (LaProx, arXiv 2605.07234, section 4).
+
+    Scores are divided by their sum over the layer before. A head's budget is the number of its
+    entries among the best.
+    """
+    normed = []
+    for layer in scores:
+        seen = layer.masked_fill(~candidates[:, None], 0.0)
+        total = seen.sum((1, 2), keepdim=True)
+        normed.append(seen / total.clamp(min=torch.finfo(torch.float32).tiny))
+    heads = [layer.shape[1] for layer in scores]
+    return list(_counts(normed, extra, candidates).split(heads, dim=1))
+
+
+def pyramid(
+    scores: Sequence[Tensor], extra: Tensor, candidates: Tensor, shares: Shares
+) -> list[Tensor]:
+    """Fewer entries from layer to layer, linearly (PyramidKV, arXiv 2406.02069).
+
+    The last layer gets ``extra / 20``, the first as much more than ``extra``; where that is more
+    than there is, all of it, and the last one what then remains of twice ``extra``.
+    """
+    layers, available = len(scores), candidates.sum(-1)
+    if layers == 1:
+        return uniform(scores, extra, candidates, shares)
+    # All times 20 (L - 1), so that nothing is rounded before the remainders are compared.
+    last = extra
+    first = 2 * PYRAMID_BETA * extra - last
+    first = first.minimum(PYRAMID_BETA * available)
+    last = 2 * PYRAMID_BETA * extra - first
+    steps = torch.arange(layers, device=extra.device)
+    quota = first[:, None] * (layers - 1) - steps * (first - last)[:, None]  # [B, L]
+    each = _apportioned(quota, PYRAMID_BETA * (layers - 1), extra * layers)
+    each = _capped(each, available)
+    return [each[:, i, None].expand(-1, layer.shape[1]) for i, layer in enumerate(scores)]
+
+
+def headkv(
+    scores: Sequence[Tensor], extra: Tensor, candidates: Tensor, shares: Shares
+) -> list[Tensor]:
+    """Fixed shares, measured beforehand, of a pool; the rest is a floor (HeadKV, arXiv 2410.19258).
+
+    Of the ``extra`` entries of each head ``1 / 1.01`` go into the pool. Shares are read to one part
+    in a million of the model's.
+    """
+    heads = [layer.shape[1] for layer in scores]
+    given = shares.head_scores or ()
+    if len(given) != sum(heads):
+        raise ValueError(f"head_scores has {len(given)} scores; this model has {heads} KV heads")
+    flat = torch.tensor(given, dtype=torch.float64)
+    parts = (flat / flat.sum() * 10**6).round().long().to(extra.device)
+    whole, number = parts.sum(), sum(heads)
+    beta = HEADKV_BETA
+    quota = (beta.numerator - beta.denominator) * whole + parts * number * beta.denominator
+    quota = extra[:, None] * quota
+    each = _apportioned(quota, beta.numerator * whole, extra * number)
+    return list(_capped(each, candidates.sum(-1)).split(heads, dim=1))
+
+
+ALLOCATIONS: dict[str, Allocation] = {
+    "uniform": uniform,
+    "adakv": adakv,
+    "global": global_,
+    "pyramid": pyramid,
+    "headkv": headkv,
+}
+
+
+def _counts(scores: Sequence[Tensor], extra: Tensor, candidates: Tensor) -> Tensor:
+    """How many of the best ``extra * heads`` candidates of a row each head has, ``[B, heads]``.
+
+    Of equal scores the later position comes first, then the later head.
+    """
+    together = torch.cat(list(scores), dim=1).mT  # [B, K, heads]
+    batch, kv_len, heads = together.shape
+    flat = together.reshape(batch, -1)
+    order = torch.arange(kv_len * heads, device=flat.device)
+    real = candidates[:, :, None].expand(-1, -1, heads).reshape(batch, -1)
+    keys = sort_keys(flat, torch.zeros_like(real), real, order)
+    chosen = best(keys, extra * heads)
+    return chosen.view(batch, kv_len, heads).sum(1)
+
+
+def best(keys: Tensor, count: Tensor) -> Tensor:
+    """Which of the distinct ``keys`` ``[.., N]`` are the ``count`` ``[..]`` largest, as bool."""
+    most = min(int(count.max()), keys.shape[-1])
+    if not most:
+        return torch.zeros_like(keys, dtype=torch.bool)
+    ordered = keys.topk(most, dim=-1).values
+    last = ordered.gather(-1, (count - 1).clamp(min=0)[..., None])
+    return (keys >= last) & (count > 0)[..., None]
+
+
+def _apportioned(quota: Tensor, denominator: Tensor | int, total: Tensor) -> Tensor:
+    """Whole numbers near ``quota / denominator`` ``[B, N]`` whose sum is ``total`` ``[B]``.
+
+    By the largest remainder; of equal remainders the first.
+    """
+    whole, rest = quota // denominator, quota % denominator
+    left = total - whole.sum(-1)
+    rank = rest.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+    return whole + (rank < left[:, None])
+
+
+def _capped(budgets: Tensor, most: Tensor) -> Tensor:
+    """``budgets`` ``[B, N]``, at most ``most`` ``[B]``; the excess goes to the largest others."""
+    held = budgets.minimum(most[:, None])
+    excess = (budgets - held).sum(-1, keepdim=True)
+    order = held.argsort(dim=-1, descending=True, stable=True)
+    room = (most[:, None] - held).gather(-1, order)
+    given = (excess - (room.cumsum(-1) - room)).clamp(min=0).minimum(room)
+    return held.scatter_add(-1, order, given)
