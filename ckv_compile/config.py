@@ -166,6 +166,10 @@ class EvictionConfig:
             tensor ``[layers, heads]``, or the path of a JSON file with nested lists.
         later_turns: "keep" all tokens that follow a prompt, or "evict" again whenever several come
             at once, to the budget of all tokens seen. A prompt fed in pieces is one prompt.
+        max_entries: bound of the entries per KV head while tokens are generated; None for none.
+            When one more would not fit, the cache is cut to ``max_entries - interval``, scored by
+            the last ``window_size`` queries. A prompt's budget is at most that as well.
+        interval: tokens between two such cuts; at least ``window_size``.
         cross_attention: whether the entries of an encoder are evicted as well, once, at the first
             call of the decoder: its last ``window_size`` queries score them, and none is exempt.
             Batches that pad the encoder's input keep theirs.
@@ -192,6 +196,8 @@ class EvictionConfig:
     safeguard: float = 0.2
     head_scores: Any = None
     later_turns: str = "keep"
+    max_entries: int | None = None
+    interval: int = 128
     cross_attention: bool = False
     rewrite_gqa: bool = True
     lowering: str = "auto"
@@ -223,6 +229,7 @@ class EvictionConfig:
                 f"allocation={self.allocation!r} with head_scores={self.head_scores!r}; "
                 f"'headkv' takes head_scores, and nothing else does"
             )
+        self._check_bound()
         for name in ("cross_attention", "rewrite_gqa"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name}={getattr(self, name)!r}; it takes True or False")
@@ -238,6 +245,21 @@ class EvictionConfig:
             raise ValueError(
                 f"budget={spec} does not exceed window_size={self.window_size}, which is always "
                 f"kept; an int budget counts tokens and takes at least window_size + 1"
+            )
+
+    def _check_bound(self) -> None:
+        """Whether ``max_entries`` and ``interval`` leave room for the window and something more."""
+        if self.max_entries is None:
+            return _check_int("interval", self.interval, "an int >= 1", self.interval, 1)
+        takes = f"an int >= window_size = {self.window_size}"
+        _check_int("interval", self.interval, takes, self.interval, self.window_size)
+        least = self.window_size + self.interval + 1
+        takes = f"an int >= window_size + interval + 1 = {least}, or None"
+        _check_int("max_entries", self.max_entries, takes, self.max_entries, least)
+        if self.packs:
+            raise ValueError(
+                f"max_entries={self.max_entries} with allocation={self.allocation!r}; it takes "
+                f"'uniform': heads of different lengths are cut once, behind the prompt"
             )
 
     @classmethod
@@ -269,7 +291,16 @@ class EvictionConfig:
     def entries(self, n: int | torch.SymInt, size: CacheBytes | None = None) -> Any:
         """Entries kept per KV head of a prompt of ``n`` tokens; see :meth:`Budget.entries`."""
         assert isinstance(self.budget, Budget)
-        return self.budget.entries(n, self.window_size, size)
+        entries = self.budget.entries(n, self.window_size, size)
+        if self.max_entries is None:
+            return entries
+        return torch.sym_min(entries, self.max_entries - self.interval)
+
+    @property
+    def bounded(self) -> EvictionConfig:
+        """The same for a cut in mid-generation, which knows the bound alone."""
+        assert self.max_entries is not None
+        return dataclasses.replace(self, budget=self.max_entries - self.interval)
 
 
 def exact_share(share: float) -> Fraction:

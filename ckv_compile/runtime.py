@@ -167,9 +167,18 @@ class OptimizedForward:
                 f"an EvictedCache(max_new_tokens=...) cannot hold; take 'uniform', or a cache that "
                 f"grows"
             )
+        if self.config.max_entries is not None:
+            if room.has_fixed_layers(cache):
+                raise ValueError(
+                    f"max_entries={self.config.max_entries} bounds a cache that grows; an "
+                    f"EvictedCache(max_new_tokens=...) is bounded by that"
+                )
+            room.watch(cache)
         # An encoder's entries are cut at the first call, be it of one token.
         least = 1 if fresh and self.config.cross_attention else 2
-        cutting = q_len >= least and (fresh or self._cuts_again(cache)) and room.counts_all(cache)
+        again = self._cuts_again(cache) if q_len > 1 else self._is_full(cache, q_len)
+        cutting = (q_len >= least and fresh) or (not fresh and again)
+        cutting = cutting and room.counts_all(cache)
         if not fresh and q_len > 1 and room.is_packed(cache) and self._would_cut_again(cache):
             self._warn_once(
                 "packed",
@@ -187,6 +196,13 @@ class OptimizedForward:
     def _cuts_again(self, cache: Any) -> bool:
         """Whether several tokens behind ``cache`` leave it cut to the budget of all of them."""
         return self._would_cut_again(cache) and cache_room().can_cut_again(cache)
+
+    def _is_full(self, cache: Any, q_len: int) -> bool:
+        """Whether a single token would take the cache over its bound."""
+        most, room = self.config.max_entries, cache_room()
+        if most is None or q_len != 1 or room.takes_back(cache):
+            return False
+        return room.most_held(cache) + 1 > most and room.can_cut_again(cache)
 
     def _would_cut_again(self, cache: Any) -> bool:
         """Whether several more tokens are a piece of a prompt, or a turn that is cut."""
@@ -304,7 +320,7 @@ class OptimizedForward:
                 return None
         seen_mask = None if mask is None else seen_mask
         plan = plan_for(
-            self.config,
+            self.config if tokens.shape[1] > 1 else self.config.bounded,
             tokens,
             held=layer.held,
             gap=layer.gap,

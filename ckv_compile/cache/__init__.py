@@ -20,12 +20,14 @@ from .evicted import (
     in_prompt,
     is_fixed,
     is_packed,
+    most_held,
     physical_mask,
     row_bytes,
     self_attention_of,
     settle,
     takes_back,
     tokens_seen,
+    watch,
     writing,
 )
 from .files import fingerprint_of
@@ -49,11 +51,13 @@ __all__ = [
     "in_prompt",
     "is_fixed",
     "is_packed",
+    "most_held",
     "physical_mask",
     "row_bytes",
     "self_attention_of",
     "settle",
     "takes_back",
     "tokens_seen",
+    "watch",
     "writing",
 ]

@@ -262,6 +262,17 @@ def announce(cache: Any, plan: Any) -> None:
         layer.plan = plan
 
 
+def watch(cache: Any) -> None:
+    """Keep the last queries beside the entries."""
+    for layer in evicted_layers(cache):
+        layer.watched = True
+
+
+def most_held(cache: Any) -> int:
+    """Entries in the fullest of the layers that may be cut."""
+    return max((layer.held for layer in evicted_layers(cache)), default=0)
+
+
 def in_prompt(cache: Any) -> bool:
     """Whether several more tokens would be the next piece of a prompt that is fed in pieces.
 

@@ -45,6 +45,10 @@ class EvictedLayer(DynamicLayer):
         self.packed: PackedKV | None = None
         # The same as the call leaves it, see ``settle_packed``.
         self.packing: tuple[Tensor, Tensor, Tensor] | None = None
+        # Whether the last queries are to be kept, and those, ``[B, H, W, D]``: they score the
+        # entries when a long generation is cut.
+        self.watched = False
+        self.recent: Tensor | None = None
         # Entries before the observation window: here tokens are missing in between.
         self.thinned = 0
         self.prompt_len = 0
@@ -136,11 +140,13 @@ class EvictedLayer(DynamicLayer):
                     self.packing = torch.ops.ckv_compile.packed(
                         self._keys, self._values, plan.total
                     )
+            self._watch(self._keys)
             return self._keys, self._values
         if plan is not None:
             plan.mark()
         keys, values = self._append(key_states, value_states)
         self._mark_positions(keys)
+        self._watch(keys)
         if self.packed is not None:
             packed = self.packed
             torch.ops.ckv_compile.prefix(keys, packed.keys, packed.values, packed.cu_kv_lens)
@@ -160,6 +166,11 @@ class EvictedLayer(DynamicLayer):
         self._keys = torch.cat([keys, key_states], dim=-2)
         self._values = torch.cat([values, value_states], dim=-2)
         return self._keys, self._values
+
+    def _watch(self, keys: Tensor) -> None:
+        """Ask the pass for the last queries."""
+        if self.watched and self.call:
+            self.recent = torch.ops.ckv_compile.recent(keys, self.recent)
 
     def _mark_positions(self, keys: Tensor) -> None:
         """Tell the pass where the entries stand, if a bias asks for it."""
@@ -243,7 +254,7 @@ class EvictedLayer(DynamicLayer):
     def reset(self) -> None:
         self.keys = self.values = None
         self.is_initialized = self.complete = self.record_past = False
-        self.gap = self.valid = self.positions = self.packed = self.packing = None
+        self.gap = self.valid = self.positions = self.packed = self.packing = self.recent = None
         self.thinned = self.prompt_len = 0
 
     def offload(self) -> None:
@@ -275,6 +286,8 @@ class EvictedLayer(DynamicLayer):
             self.valid = change(self.valid)
         if self.positions is not None:
             self.positions = change(self.positions)
+        if self.recent is not None and self.recent.dim() == 4:
+            self.recent = change(self.recent)
 
     def _replace(self, change: Callable[[Tensor], Tensor]) -> None:
         if self._keys is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -95,7 +95,10 @@ _MARKED = ("node", "tokens", "padding", "row_budgets", "gap", "strict")
 
 def phase_of(capacity: Capacity | None) -> Phase:
     """Which calls are cut; without a capacity the first piece of a prompt."""
-    return "prefill" if capacity is None or capacity.gap is None else "continuation"
+    if capacity is None or capacity.gap is None:
+        return "prefill"
+    shape = vocab.shape_of(capacity.tokens) or (0, 0)
+    return "decode" if vocab.known(shape[1] == 1) else "continuation"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,6 +180,7 @@ def insert_eviction(
     sites: Sequence[AttentionSite],
     config: EvictionConfig,
     capacity: Capacity | None = None,
+    recent: Mapping[int, Node] | None = None,
 ) -> tuple[Inserted, ...]:
     """Add ``ckv_evict_i(query, key, value, o_proj_weight, scale)`` behind each site of a prefill.
 
@@ -184,8 +188,9 @@ def insert_eviction(
     after:  the same, ``k', v' = ckv_evict_i(q, k, v, W_O, ..)``; it returns ``k', v'``
 
     Attention in this call still reads all of K and V; only what the cache keeps is cut. A later
-    piece of a prompt is cut like its first one, if the ``capacity`` says so. A graph
-    that has eviction nodes already is left as it is, so a second run inserts nothing.
+    piece of a prompt is cut like its first one, if the ``capacity`` says so, and so is a single
+    token's call, scored by the ``recent`` queries of its site. A graph that has eviction nodes
+    already is left as it is, so a second run inserts nothing.
     """
     cut = [site for site in sites if site.phase in (phase_of(capacity), "cross")]
     done = any(isinstance(module, EvictKV) for module in gm.modules())
@@ -195,7 +200,15 @@ def insert_eviction(
     if done:
         cut = []
     entry = sum(row_bytes(site) for site in cut)
-    inserted = tuple(_insert(gm, site, config, capacity, entry) for site in cut)
+    queries = recent or {}
+    if phase_of(capacity) == "decode":
+        cut = [site for site in cut if site.index in queries]
+    else:
+        queries = {}
+    inserted = tuple(
+        _insert(gm, site, config, capacity, entry, queries.get(site.index, site.query))
+        for site in cut
+    )
     gm.graph.lint()
     gm.recompile()
     return inserted
@@ -213,6 +226,7 @@ def _insert(
     config: EvictionConfig,
     capacity: Capacity | None,
     entry: int,
+    query: Node,
 ) -> Inserted:
     cross = site.phase == "cross"
     given = capacity is not None and capacity.fits(site) and not cross
@@ -227,7 +241,7 @@ def _insert(
         weight, adapters = insert_weight(graph, projection) if projection else (None, ())
         cached = (site.cache_key, site.cache_value)
         read = (site.key, site.value) if site.latent else cached
-        args: tuple[Any, ...] = (site.query, *read, weight, site.scale, site.softcap)
+        args: tuple[Any, ...] = (query, *read, weight, site.scale, site.softcap)
         if given:
             assert capacity is not None
             padded = (site.padding, capacity.row_budgets, capacity.gap)

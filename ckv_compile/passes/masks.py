@@ -79,7 +79,9 @@ def read_terms(
         return f"mask {names} is built by ops that are not read"
     if not mask.is_causal or not vocab.known(mask.shift == kv_len - q_len):
         return f"mask {names} is not causal"
-    if names_of(mask.layout)[-2:] != ("Q", "K"):
+    # An axis of one query has no name.
+    query_axes = ("Q", "") if vocab.known(q_len == 1) else ("Q",)
+    if names_of(mask.layout)[-2:] not in [(name, "K") for name in query_axes]:
         return f"mask {names} has axes {text_of(mask.layout)}, not [.., Q, K]"
     return mask, tuple(biases)
 

@@ -274,6 +274,8 @@ def _mask_of(
     node, terms = attention.output, attention.terms
     if phase != cut:
         return ("tensor" if terms else "none"), Mask(()), ()
+    if not terms and phase == "decode" and attention.is_causal is not True:
+        return "none", Mask(()), ()  # the last token sees all
     if not terms:
         # SDPA aligns is_causal with the first key: only for equal lengths that is what we mean.
         if attention.is_causal is not True or phase != "prefill":

@@ -17,6 +17,7 @@ from .insert import Inserted, insert_eviction, phase_of, take_capacity, without_
 from .match import match_sites
 from .pack import insert_packing, take_packed, without_unpacked
 from .positions import without_counting_caches
+from .recent import keep_queries
 from .verify import verify
 
 
@@ -63,12 +64,13 @@ def rewrite(
         sites, rejections = without_counting_caches(sites, rejections)
     wanted = take_packed(gm)
     sites, rejections = without_unpacked(sites, rejections, wanted, config)
+    recent = keep_queries(gm, sites, config.window_size)
     before = vocab.outputs_of(gm)
     # What is packed is cut; the other pass finds it done.
     packed = insert_packing(gm, sites, config, capacity, wanted)
     done = {one.site.index for one in packed}
     rest = [site for site in sites if site.index not in done]
-    inserted = (*packed, *insert_eviction(gm, rest, config, capacity))
+    inserted = (*packed, *insert_eviction(gm, rest, config, capacity, recent))
     dense = attend_packed(gm, sites, prefixes, config.lowering)
     folded = fold_groups(gm, dense) if config.rewrite_gqa else ()
     # Always last: a wrong graph must not run.
