@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-METHODS = ("criticalkv", "snapkv")
+from .registry import METHODS, UNAVAILABLE, bases
+
 NORMS = ("l1", "l2", "value")
 LOWERINGS = ("auto", "inductor", "aot_eager", "eager")
 LATER_TURNS = ("keep", "evict")
@@ -145,14 +146,24 @@ class EvictionConfig:
 
     Args:
         budget: see :class:`Budget`.
-        method: "criticalkv" (arXiv 2502.03805) or "snapkv" (attention alone, arXiv 2404.14469).
+        method: "criticalkv" (arXiv 2502.03805), "snapkv" (attention alone, arXiv 2404.14469),
+            "h2o", "tova", "streaming_llm", "knorm", "keydiff", "vatp", "caote", "defensive",
+            "laprox", or what :func:`ckv_compile.register_method` was given; each has a file in
+            ``ckv_compile/methods``.
         window_size: observation window, the last queries; used for scoring and always kept.
-        kernel_size: width of the max-pooling of attention scores; odd.
+        kernel_size: width of the pooling of attention scores, odd: the largest of the neighbours
+            for "snapkv", their mean for "laprox".
         first_stage_ratio: CriticalKV's alpha, the share of the budget filled by attention alone.
         epsilon: CriticalKV's eps, added to the attention before it is multiplied by the norm.
         norm: "l1" or "l2" norm of the projected value; or "value", the L1 norm of the value alone,
             for models whose output projection cannot be read, or whose output is normed before it
             (Theorem 3 of the paper, which bounds the change of the output, does not hold for it).
+            LaProx takes "l1" for "l2", its own.
+        base: the method whose scores stand for the attention in both stages of CriticalKV: any
+            whose scores are never negative. Those of "knorm" and "keydiff" are, and those of
+            "streaming_llm" are positions: times a norm they would rank nothing. Over "snapkv",
+            "h2o" and "tova" it is the paper's; over one that has weighed the values already they
+            count twice.
         later_turns: "keep" all tokens that follow a prompt, or "evict" again whenever several come
             at once, to the budget of all tokens seen. A prompt fed in pieces is one prompt.
         cross_attention: whether the entries of an encoder are evicted as well, once, at the first
@@ -177,6 +188,7 @@ class EvictionConfig:
     first_stage_ratio: float = 0.5
     epsilon: float = 1e-4
     norm: str = "l1"
+    base: str = "snapkv"
     later_turns: str = "keep"
     cross_attention: bool = False
     rewrite_gqa: bool = True
@@ -184,7 +196,20 @@ class EvictionConfig:
     mode: str = "default"
 
     def __post_init__(self) -> None:
-        _check_choice("method", self.method, METHODS)
+        if isinstance(self.method, str) and self.method in UNAVAILABLE:
+            raise ValueError(f"method={self.method!r} is not offered: {UNAVAILABLE[self.method]}")
+        _check_choice("method", self.method, tuple(METHODS))
+        if isinstance(self.base, str) and self.base in METHODS and not METHODS[self.base].base:
+            raise ValueError(
+                f"base={self.base!r} is not registered as a base, whose scores are never negative "
+                f"and no positions; it takes one of {', '.join(map(repr, bases()))}"
+            )
+        _check_choice("base", self.base, bases())
+        if self.base != "snapkv" and self.method != "criticalkv":
+            raise ValueError(
+                f"base={self.base!r} is what method='criticalkv' stands on; "
+                f"method={self.method!r} has none"
+            )
         _check_choice("norm", self.norm, NORMS)
         _check_choice("later_turns", self.later_turns, LATER_TURNS)
         _check_choice("lowering", self.lowering, LOWERINGS)
@@ -236,7 +261,7 @@ class EvictionConfig:
     @property
     def reads_projection(self) -> bool:
         """Whether the scores see values through the output projection."""
-        return self.method == "criticalkv" and self.norm != "value"
+        return METHODS[self.method].reads_projection and self.norm != "value"
 
     def entries(self, n: int | torch.SymInt, size: CacheBytes | None = None) -> Any:
         """Entries kept per KV head of a prompt of ``n`` tokens; see :meth:`Budget.entries`."""

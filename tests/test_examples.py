@@ -76,7 +76,7 @@ def number(cell: str) -> int:
         (["--budget", "half"], "budget='half' is not understood"),
         (["--budget", "0.5", "--budget", "1.5"], r"budget=1.5 is not a share in \(0, 1\]"),
         (["--budget", "20"], "budget=20 does not exceed window_size=32"),
-        (["--method", "h2o"], "method='h2o' is unknown"),
+        (["--method", "h3o"], "method='h3o' is unknown"),
         (["--lowering", "llvm"], "lowering='llvm' is unknown"),
         (["--max-new-tokens", "0"], "--max-new-tokens is 0; it takes at least 1"),
         (["--tokens", "3"], "unrecognized arguments"),
