@@ -154,6 +154,7 @@ def _reduced(
     total = None
     for rows in blocks:
         if reduce == "max":
+            rows = F.pad(rows, (0, max(prefix - rows.shape[2], 0)))
             part = _pooled(rows[:, :, :prefix], kernel_size).amax(1)
         elif reduce == "l2":
             part = rows.square_().sum(1)[:, :prefix]
