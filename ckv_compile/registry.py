@@ -8,7 +8,7 @@ import inspect
 import uuid
 from collections.abc import Callable
 from pathlib import Path
-from types import CodeType, FunctionType
+from types import FunctionType
 from typing import Any
 
 # Asked for by name and not offered: what is missing for them.
@@ -57,8 +57,8 @@ def register_method(
         name: a new name.
         function: takes one :class:`ckv_compile.ScoreInputs` and returns
             :class:`ckv_compile.Scores`. It is traced with symbolic lengths: tensor ops only, no
-            branch on a value or a length. The file it stands in is part of the compile cache's
-            key; code that it calls from other files is not.
+            branch on a value or a length. The file it stands in and the numbers it reads from
+            there are part of the compile cache's key; code that it calls from other files is not.
         reads_projection: whether it asks the inputs for projected norms.
         base: whether ``EvictionConfig(method="criticalkv", base=name)`` takes it: its scores are
             never negative and grow with what an entry is worth.
@@ -99,30 +99,27 @@ def identity_of(name: str) -> str:
 def key_of(function: Callable[[Any], Any]) -> str:
     """A hash that differs wherever the function may compute something else; empty for our own.
 
-    Of a plain function: its file, or its code where there is none, and the numbers and texts that
-    it closes over. Whatever else is called, or closed over, has no content that can be read: such a
-    method gets a key of its own in each process, which costs compiling it again and is never wrong.
+    Of a function in a file: that file, and the numbers and texts that the function reads from
+    outside of itself. What has no such content, a callable object or a line typed into an
+    interpreter, gets another key in each process: compiled again, and never wrong.
     """
     if getattr(function, "__module__", "").startswith(__name__.rpartition(".")[0] + ".methods."):
         return ""
-    digest = hashlib.sha256()
-    if not isinstance(function, FunctionType):
-        return uuid.uuid4().hex
+    unknown = uuid.uuid4().hex
+    file = inspect.getsourcefile(function) if isinstance(function, FunctionType) else None
+    if not isinstance(function, FunctionType) or file is None or not Path(file).is_file():
+        return unknown
     try:
         cells = [cell.cell_contents for cell in function.__closure__ or ()]
     except ValueError:  # a cell that is filled later
-        return uuid.uuid4().hex
-    for value in (*cells, function.__defaults__, function.__kwdefaults__):
-        if not _is_plain(value):
-            return uuid.uuid4().hex
-        digest.update(repr(value).encode())
-    digest.update(function.__qualname__.encode())
-    file = inspect.getsourcefile(function)
-    if file is not None and Path(file).is_file():
-        digest.update(Path(file).read_bytes())
-    else:
-        digest.update(_text_of(function.__code__).encode())
-    return digest.hexdigest()
+        return unknown
+    bound = [*cells, function.__defaults__, function.__kwdefaults__]
+    if not all(map(_is_plain, bound)):
+        return unknown
+    read = {name: function.__globals__.get(name) for name in function.__code__.co_names}
+    plain = {name: value for name, value in read.items() if _is_plain(value)}
+    text = repr((function.__qualname__, bound, plain)).encode()
+    return hashlib.sha256(text + Path(file).read_bytes()).hexdigest()
 
 
 def _is_plain(value: Any) -> bool:
@@ -132,9 +129,3 @@ def _is_plain(value: Any) -> bool:
     if isinstance(value, dict):
         return all(_is_plain(part) for part in (*value, *value.values()))
     return value is None or isinstance(value, (bool, int, float, str))
-
-
-def _text_of(code: CodeType) -> str:
-    """Its instructions, names and constants; those of functions inside it in place of addresses."""
-    constants = [_text_of(c) if isinstance(c, CodeType) else repr(c) for c in code.co_consts]
-    return repr((code.co_code.hex(), code.co_names, code.co_varnames, constants))

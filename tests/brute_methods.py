@@ -11,7 +11,8 @@ import math
 from collections.abc import Callable
 
 import numpy as np
-from brute_force import Array, attention_row
+from brute_force import Array, attention_row, projected_norm, select
+from numpy.typing import NDArray
 
 
 def attention(q: Array, k: Array, h: int, t: int) -> Array:
@@ -154,3 +155,25 @@ SCORES = {
     "defensive": defensive,
     "laprox": laprox,
 }
+
+
+def kept_positions(
+    method: str,
+    base: str,
+    q: Array,
+    k: Array,
+    v: Array,
+    w: Array,
+    window: int,
+    width: int,
+    budget: int,
+    first_stage_ratio: float,
+    epsilon: float,
+) -> NDArray[np.int64]:
+    """What of a prompt stays, ``[Hkv, budget]``; ``base`` counts for "criticalkv" alone."""
+    norm = None
+    if method == "criticalkv":
+        method = base
+        norm = projected_norm(v[None], w, False, len(q), "l1")
+    scores = SCORES[method](q, k, v, w, window, width)[None]
+    return select(scores, norm, budget, window, first_stage_ratio, epsilon)[0]

@@ -170,5 +170,15 @@ def test_export_decodes_from_what_the_compiled_program_kept() -> None:
     assert "200 tokens came in, 50 entries per head came back" in done.stdout
 
 
+def test_a_new_method_takes_forty_lines() -> None:
+    example = EXAMPLES / "new_method.py"
+    assert len(example.read_text().splitlines()) <= 40
+    done = subprocess.run([sys.executable, example], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    method, over = done.stdout.splitlines()
+    assert method == "{'method': 'novelty'}: 200 tokens came in, 50 entries per head stayed"
+    assert over.startswith("{'method': 'criticalkv', 'base': 'novelty'}") and "50 entries" in over
+
+
 def test_quickstart_is_short() -> None:
     assert len((EXAMPLES / "quickstart.py").read_text().splitlines()) < 20

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
-import brute_force
+import eager
 import numpy as np
 import pytest
 import torch
-from brute_methods import SCORES
+from brute_methods import SCORES, kept_positions
+from families import generated, prompt, tiny
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
+import ckv_compile
 from ckv_compile.config import EvictionConfig
 from ckv_compile.methods.evict import EvictKV
 from ckv_compile.registry import METHODS, bases
@@ -45,12 +48,8 @@ def expected_keep(
 ) -> list[list[int]]:
     """Kept positions of one row, ``[Hkv][budget]``, in the batch's slots."""
     *tensors, weight = (tensor.double().numpy() for tensor in site)
-    q, k, v = (tensor[:, real] for tensor in tensors)
-    scores = SCORES[base if method == "criticalkv" else method](q, k, v, weight, WINDOW, WIDTH)
-    norm = None
-    if method == "criticalkv":
-        norm = brute_force.projected_norm(v[None], weight, False, len(q), "l1")
-    keep = brute_force.select(scores[None], norm, budget, WINDOW, RATIO, EPSILON)[0]
+    cut = [tensor[:, real] for tensor in tensors]
+    keep = kept_positions(method, base, *cut, weight, WINDOW, WIDTH, budget, RATIO, EPSILON)
     return real.nonzero()[0][keep].tolist()
 
 
@@ -80,11 +79,13 @@ def padding_of(kv_len: int, padded: bool) -> tuple[np.ndarray, list[int]]:
     return real, [BUDGET, 9, 8]
 
 
-def check(method: str, base: str, groups: int, padded: bool) -> None:
+def check(method: str, base: str, groups: int, padded: bool, *, compiles: bool) -> None:
     """The node, as it is and compiled, against brute force at two lengths."""
     counter = CompileCounterWithBackend("aot_eager")
     node = node_of(method, base)
-    nodes = (lambda *t: node(*t[:4], None, None, *t[4:]), compiled(node, counter))
+    nodes: list[Callable[..., Any]] = [lambda *t: node(*t[:4], None, None, *t[4:])]
+    if compiles:
+        nodes.append(compiled(node, counter))
     for kv_len in LENGTHS:
         real, budgets = padding_of(kv_len, padded)
         query, key, value, weight = site_of(kv_len, groups, len(real))
@@ -94,16 +95,19 @@ def check(method: str, base: str, groups: int, padded: bool) -> None:
             # What pads hold is anything.
             for cache, hostile in ((key, 1e4), (value, -1e4)):
                 cache.masked_fill_(~tensors[5][:, None, :, None], hostile)
+        expected = [
+            expected_keep((query[b], key[b], value[b], weight), method, base, budget, real[b])
+            for b, budget in enumerate(budgets)
+        ]
         for evict in nodes:
             kept_key, kept_value, keep = evict(*tensors)
             for b, budget in enumerate(budgets):
-                site = (query[b], key[b], value[b], weight)
                 slots = keep[b, :, BUDGET - budget :]
-                assert slots.tolist() == expected_keep(site, method, base, budget, real[b])
+                assert slots.tolist() == expected[b]
                 for cache, kept in ((key, kept_key), (value, kept_value)):
                     rows = cache[b].gather(1, slots[..., None].expand(-1, -1, 8))
                     assert torch.equal(kept[b, :, BUDGET - budget :], rows)
-    assert counter.frame_count == 1
+    assert counter.frame_count == compiles
 
 
 @pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
@@ -112,11 +116,51 @@ def check(method: str, base: str, groups: int, padded: bool) -> None:
 def test_the_entries_that_stay(method: str, base: str, groups: int, padded: bool) -> None:
     """Prevents a method that computes something else than its formula, that sees pads, that
     specialises the length, or that the compiler changes."""
-    check(method, base, groups, padded)
+    check(method, base, groups, padded, compiles=groups == 3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
+@pytest.mark.parametrize(("method", "base"), TABLE, ids=map("-".join, TABLE))
+def test_without_groups_and_compiled(method: str, base: str, padded: bool) -> None:
+    """Prevents the compiler from changing what has no groups to be averaged."""
+    check(method, base, 1, padded, compiles=True)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
 @pytest.mark.parametrize(("method", "base"), SLOW, ids=map("-".join, SLOW))
 def test_criticalkv_over_the_other_bases(method: str, base: str, padded: bool) -> None:
-    check(method, base, 3, padded)
+    """Prevents stages that read the scores of another base than the one that was asked for."""
+    check(method, base, 3, padded, compiles=True)
+
+
+PROMPT = 26
+
+
+@pytest.fixture(scope="module")
+def recorded() -> tuple[Any, list[eager.Recorded]]:
+    """A model, and what attention of the unmodified one reads of the prompt in each layer."""
+    model = tiny(num_hidden_layers=1)
+    plain = copy.deepcopy(model)
+    plain.set_attn_implementation("recording")
+    eager._calls.clear()
+    with torch.no_grad():
+        plain(input_ids=prompt(PROMPT), use_cache=True)
+    return model, list(eager._calls)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_generate_leaves_these_entries(method: str, recorded: Any) -> None:
+    """Prevents a method that the whole path, from the option to the cache, does not reach."""
+    model, calls = recorded
+    options = {"window_size": WINDOW, "kernel_size": WIDTH, "lowering": "eager"}
+    ckv_compile.optimize(model, BUDGET, method=method, **options)
+    cache = generated(model, prompt(PROMPT), steps=1).past_key_values
+    for layer, call in zip(cache.layers, calls, strict=True):
+        tensors = (call.query[0], call.key[0], call.value[0], call.module.o_proj.weight.detach())
+        real = np.ones(PROMPT, dtype=bool)
+        keep = torch.tensor(expected_keep(tensors, method, "snapkv", BUDGET, real))
+        for kept, cached in ((layer.keys, call.key), (layer.values, call.value)):
+            rows = cached[0].gather(1, keep[..., None].expand(-1, -1, cached.shape[3]))
+            torch.testing.assert_close(kept[0, :, :BUDGET], rows)

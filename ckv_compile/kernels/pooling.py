@@ -25,8 +25,5 @@ def average_pooled(scores: Tensor, prefix: Tensor, kernel_size: int) -> Tensor:
 
 def _mean_with_zeros(scores: Tensor, kernel_size: int) -> Tensor:
     """Average pooling that takes zeros beyond both ends."""
-    # avg_pool1d specialises a symbolic length, as max_pool1d does; the two-dimensional op does not.
-    pooled = F.avg_pool2d(
-        scores[:, :, None], (1, kernel_size), stride=1, padding=(0, kernel_size // 2)
-    )
-    return pooled.reshape(scores.shape)
+    # avg_pool1d specialises a symbolic length, and avg_pool2d is slow to trace.
+    return F.pad(scores, (kernel_size // 2, kernel_size // 2)).unfold(-1, kernel_size, 1).mean(-1)
