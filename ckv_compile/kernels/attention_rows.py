@@ -89,9 +89,10 @@ def _attention_rows(
                 query[b, members],
                 key[b, g].index_select(0, row).float(),
                 queries,
+                row,
                 scale,
                 softcap,
-                None if bias is None else bias[b, members].index_select(2, row),
+                None if bias is None else bias[b, members],
                 None if sinks is None else sinks[members].float(),
                 causal,
             )
@@ -115,6 +116,7 @@ def _rows_in_blocks(
     query: Tensor,
     keys: Tensor,
     queries: Tensor,
+    row: Tensor,
     scale: float,
     softcap: float | None,
     bias: Tensor | None,
@@ -124,7 +126,7 @@ def _rows_in_blocks(
     """Attention ``[G, t, k]`` of a KV head, t queries at a time on the k keys that any can see.
 
     Those at ``queries`` ``[T]`` of ``query`` ``[G, Q, D]``; if causal the last T of ``keys``
-    ``[K, D]`` are theirs. ``bias`` is ``[G, Q, K]``.
+    ``[k, D]`` are theirs. ``bias`` is ``[G, Q, K]``, whose keys at ``row`` ``[k]`` these are.
     """
     kv_len, groups, count = len(keys), len(query), len(queries)
     step = max(_BLOCK_BYTES // (4 * groups * kv_len), 1)
@@ -136,7 +138,7 @@ def _rows_in_blocks(
         if softcap is not None:
             logits.div_(softcap).tanh_().mul_(softcap)
         if bias is not None:
-            logits += bias.index_select(1, at)[:, :, :end]
+            logits += bias.index_select(1, at).index_select(2, row[:end])
         if causal:
             hidden = torch.ones(logits.shape[1:], dtype=torch.bool, device=keys.device)
             logits.masked_fill_(hidden.triu(end - len(at) + 1), -math.inf)
