@@ -4,6 +4,8 @@ from typing import Any
 
 from .api import compress, explain, optimize, restore
 from .config import Budget, EvictionConfig
+from .methods.base import ScoreInputs, Scores
+from .registry import register_method
 from .report import Report
 from .site import AttentionSite, Projection, Reason, Rejection
 
@@ -18,9 +20,12 @@ __all__ = [
     "Reason",
     "Rejection",
     "Report",
+    "ScoreInputs",
+    "Scores",
     "compress",
     "explain",
     "optimize",
+    "register_method",
     "restore",
 ]
 

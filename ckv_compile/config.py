@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-METHODS = ("criticalkv", "snapkv")
+from .registry import METHODS, UNAVAILABLE, bases
+
 ALLOCATIONS = ("uniform", "adakv", "headkv", "pyramid", "global")
 NORMS = ("l1", "l2", "value")
 LOWERINGS = ("auto", "inductor", "aot_eager", "eager")
@@ -148,14 +149,24 @@ class EvictionConfig:
 
     Args:
         budget: see :class:`Budget`.
-        method: "criticalkv" (arXiv 2502.03805) or "snapkv" (attention alone, arXiv 2404.14469).
+        method: "criticalkv" (arXiv 2502.03805), "snapkv" (attention alone, arXiv 2404.14469),
+            "h2o", "tova", "streaming_llm", "knorm", "keydiff", "vatp", "caote", "defensive",
+            "laprox", or what :func:`ckv_compile.register_method` was given; each has a file in
+            ``ckv_compile/methods``.
         window_size: observation window, the last queries; used for scoring and always kept.
-        kernel_size: width of the max-pooling of attention scores; odd.
+        kernel_size: width of the pooling of attention scores, odd: the largest of the neighbours
+            for "snapkv", their mean for "laprox".
         first_stage_ratio: CriticalKV's alpha, the share of the budget filled by attention alone.
         epsilon: CriticalKV's eps, added to the attention before it is multiplied by the norm.
         norm: "l1" or "l2" norm of the projected value; or "value", the L1 norm of the value alone,
             for models whose output projection cannot be read, or whose output is normed before it
             (Theorem 3 of the paper, which bounds the change of the output, does not hold for it).
+            LaProx takes "l1" for "l2", its own.
+        base: the method whose scores stand for the attention in both stages of CriticalKV: any
+            whose scores are never negative. Those of "knorm" and "keydiff" are, and those of
+            "streaming_llm" are positions: times a norm they would rank nothing. Over "snapkv",
+            "h2o" and "tova" it is the paper's; over one that has weighed the values already they
+            count twice.
         allocation: how the budget is shared out; the total is the same for all. "uniform": every
             head of every layer has the same; "adakv": heads of a layer compete (arXiv 2407.11550);
             "headkv": shares from ``head_scores`` (arXiv 2410.19258); "pyramid": fewer from layer to
@@ -192,6 +203,7 @@ class EvictionConfig:
     first_stage_ratio: float = 0.5
     epsilon: float = 1e-4
     norm: str = "l1"
+    base: str = "snapkv"
     allocation: str = "uniform"
     safeguard: float = 0.2
     head_scores: Any = None
@@ -204,7 +216,20 @@ class EvictionConfig:
     mode: str = "default"
 
     def __post_init__(self) -> None:
-        _check_choice("method", self.method, METHODS)
+        if isinstance(self.method, str) and self.method in UNAVAILABLE:
+            raise ValueError(f"method={self.method!r} is not offered: {UNAVAILABLE[self.method]}")
+        _check_choice("method", self.method, tuple(METHODS))
+        if isinstance(self.base, str) and self.base in METHODS and not METHODS[self.base].base:
+            raise ValueError(
+                f"base={self.base!r} is not registered as a base, whose scores are never negative "
+                f"and no positions; it takes one of {', '.join(map(repr, bases()))}"
+            )
+        _check_choice("base", self.base, bases())
+        if self.base != "snapkv" and self.method != "criticalkv":
+            raise ValueError(
+                f"base={self.base!r} is what method='criticalkv' stands on; "
+                f"method={self.method!r} has none"
+            )
         _check_choice("norm", self.norm, NORMS)
         _check_choice("allocation", self.allocation, ALLOCATIONS)
         _check_choice("later_turns", self.later_turns, LATER_TURNS)
@@ -228,6 +253,11 @@ class EvictionConfig:
             raise ValueError(
                 f"allocation={self.allocation!r} with head_scores={self.head_scores!r}; "
                 f"'headkv' takes head_scores, and nothing else does"
+            )
+        if self.allocation == "global" and self.method not in ("criticalkv", *bases()):
+            raise ValueError(
+                f"allocation='global' with method={self.method!r}, whose scores are no shares of a "
+                f"layer's; it takes one of {', '.join(map(repr, ('criticalkv', *bases())))}"
             )
         self._check_bound()
         for name in ("cross_attention", "rewrite_gqa"):
@@ -286,7 +316,7 @@ class EvictionConfig:
     @property
     def reads_projection(self) -> bool:
         """Whether the scores see values through the output projection."""
-        return self.method == "criticalkv" and self.norm != "value"
+        return METHODS[self.method].reads_projection and self.norm != "value"
 
     def entries(self, n: int | torch.SymInt, size: CacheBytes | None = None) -> Any:
         """Entries kept per KV head of a prompt of ``n`` tokens; see :meth:`Budget.entries`."""

@@ -66,9 +66,7 @@ def test_a_changed_method_is_compiled_anew_and_an_unchanged_one_is_not(tmp_path)
 
     first = run()
     method = package / "methods" / "criticalkv.py"
-    method.write_text(
-        method.read_text().replace("inputs.window_attention(),", "-inputs.window_attention(),")
-    )
+    method.write_text(method.read_text().replace("Scores(scores_of(", "Scores(-scores_of("))
     second, third = run(), run()
     assert first["hits"] == 0 and second["hits"] == 0
     assert second["kept"] != first["kept"]

@@ -72,9 +72,16 @@ REFUSED_VALUES: list[tuple[str, Any, type[Exception], str]] = [
     ("epsilon", NAN, ValueError, "a finite float >= 0"),
     ("epsilon", False, TypeError, "a finite float >= 0"),
     ("epsilon", None, TypeError, "a finite float >= 0"),
-    ("method", "h2o", ValueError, "'criticalkv', 'snapkv'"),
+    ("method", "h3o", ValueError, "'criticalkv', 'snapkv', 'h2o'"),
+    ("method", "expected_attention", ValueError, "not offered: .* before their rotary embedding"),
     ("method", "CriticalKV", ValueError, "'criticalkv', 'snapkv'"),
     ("method", None, TypeError, "'criticalkv', 'snapkv'"),
+    ("base", "h3o", ValueError, "'snapkv', 'h2o', 'tova', 'vatp'"),
+    ("base", None, TypeError, "'snapkv', 'h2o'"),
+    ("base", "knorm", ValueError, "not registered as a base.* 'snapkv', 'h2o'"),
+    ("base", "keydiff", ValueError, "not registered as a base.* 'snapkv', 'h2o'"),
+    ("base", "streaming_llm", ValueError, "not registered as a base.* 'snapkv', 'h2o'"),
+    ("base", "criticalkv", ValueError, "'snapkv', 'h2o'"),
     ("norm", "l3", ValueError, "'l1', 'l2'"),
     ("norm", 1, TypeError, "'l1', 'l2'"),
     ("lowering", "cudagraphs", ValueError, "'auto', 'inductor'"),
@@ -170,6 +177,15 @@ def test_from_options_of_nothing_is_the_default() -> None:
     assert (default.kernel_size, default.first_stage_ratio, default.epsilon) == (7, 0.5, 1e-4)
     assert (default.norm, default.lowering) == ("l1", "auto")
     assert default.reads_projection
+
+
+def test_a_base_is_criticalkvs() -> None:
+    """Prevents a base from being ignored in silence, or a method from reading no projection."""
+    assert EvictionConfig(base="h2o").base == "h2o"
+    with pytest.raises(ValueError, match="base='h2o' is what method='criticalkv' stands on"):
+        EvictionConfig(method="snapkv", base="h2o")
+    reads = {m for m in METHODS if EvictionConfig(method=m).reads_projection}
+    assert reads == {"criticalkv", "defensive", "laprox"}
 
 
 @pytest.mark.parametrize("lowering", LOWERINGS)
@@ -306,8 +322,8 @@ def test_repr_names_every_option_and_no_address() -> None:
     assert repr(config) == (
         "EvictionConfig(budget=Budget(spec=0.2), method='criticalkv', window_size=32, "
         "kernel_size=7, first_stage_ratio=0.5, epsilon=0.0001, norm='l1', "
-        "later_turns='keep', cross_attention=False, rewrite_gqa=True, lowering='auto', "
-        "mode='default')"
+        "base='snapkv', later_turns='keep', cross_attention=False, rewrite_gqa=True, "
+        "lowering='auto', mode='default')"
     )
     assert repr(EvictionConfig(budget="0.2")) == repr(config)
     assert not re.search("0x", repr(EvictionConfig(budget="max(128, n/10)")))

@@ -76,7 +76,7 @@ def number(cell: str) -> int:
         (["--budget", "half"], "budget='half' is not understood"),
         (["--budget", "0.5", "--budget", "1.5"], r"budget=1.5 is not a share in \(0, 1\]"),
         (["--budget", "20"], "budget=20 does not exceed window_size=32"),
-        (["--method", "h2o"], "method='h2o' is unknown"),
+        (["--method", "h3o"], "method='h3o' is unknown"),
         (["--lowering", "llvm"], "lowering='llvm' is unknown"),
         (["--max-new-tokens", "0"], "--max-new-tokens is 0; it takes at least 1"),
         (["--tokens", "3"], "unrecognized arguments"),
@@ -168,6 +168,16 @@ def test_export_decodes_from_what_the_compiled_program_kept() -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "200 tokens came in, 50 entries per head came back" in done.stdout
+
+
+def test_a_new_method_takes_forty_lines() -> None:
+    example = EXAMPLES / "new_method.py"
+    assert len(example.read_text().splitlines()) <= 40
+    done = subprocess.run([sys.executable, example], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    method, over = done.stdout.splitlines()
+    assert method == "{'method': 'novelty'}: 200 tokens came in, 50 entries per head stayed"
+    assert over.startswith("{'method': 'criticalkv', 'base': 'novelty'}") and "50 entries" in over
 
 
 def test_quickstart_is_short() -> None:

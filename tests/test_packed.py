@@ -233,6 +233,8 @@ def test_options_are_checked():
         EvictionConfig(allocation="headkv", head_scores=[[0.0], [0.0]])
     with pytest.raises(TypeError, match="head_scores"):
         EvictionConfig(allocation="headkv", head_scores=[1.0, 2.0])
+    with pytest.raises(ValueError, match="no shares of a layer's"):
+        EvictionConfig(allocation="global", method="knorm")
     with pytest.raises(ValueError, match="safeguard"):
         EvictionConfig(safeguard=1.5)
 

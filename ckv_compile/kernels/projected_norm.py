@@ -49,6 +49,41 @@ def projected_norm(
     return torch.ops.ckv_compile.projected_norm(value, weight, in_out, heads, quadratic)
 
 
+def projected_norms(
+    value: Tensor,
+    weight: Tensor | None,
+    in_out: bool,
+    heads: int,
+    norm: str,
+    triton: bool = False,
+) -> Tensor:
+    """The same of each query head, ``[B, H, K]`` float32: one call for each member of a group.
+
+    Args as of :func:`projected_norm`.
+    """
+    kv_heads = value.shape[1]
+    groups = heads // kv_heads
+    if norm == "value" or groups == 1:
+        mean = projected_norm(value, weight, in_out, heads, norm, triton)
+        return mean.repeat_interleave(groups, 1)
+    assert weight is not None
+    if norm == "l2" and not triton:
+        # By the kept matrix of the whole weight; of parts of it none would be kept.
+        gram = torch.ops.ckv_compile.gram(weight, in_out, heads)
+        parts = gram.reshape(kv_heads, groups, -1, gram.shape[1])
+        norms = [
+            torch.ops.ckv_compile.projected_norm(value, part.flatten(0, 1), True, kv_heads, True)
+            for part in parts.unbind(1)
+        ]
+    else:
+        parts = _per_head(weight, in_out, heads).unflatten(0, (kv_heads, groups))
+        norms = [
+            projected_norm(value, part.flatten(0, 1), True, kv_heads, norm, triton)
+            for part in parts.unbind(1)
+        ]
+    return torch.stack(norms, 2).flatten(1, 2)
+
+
 def _per_head(weight: Tensor, in_out: bool, heads: int) -> Tensor:
     """``W_O`` as ``[H, Dv, E]``, a view."""
     if in_out:

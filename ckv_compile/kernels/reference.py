@@ -94,6 +94,85 @@ def cross_attention(
     return scores
 
 
+def attention_rows(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None,
+    scale: float | None,
+    window_size: int,
+    asked: int | None,
+    reduce: str,
+    kernel_size: int = 1,
+    softcap: float | None = None,
+    real: Tensor | None = None,
+    bias: Tensor | None = None,
+    sinks: Tensor | None = None,
+    causal: bool = True,
+) -> Tensor:
+    """A reduction of single queries' attention, ``[B, H, K]``; 0 in the window and in pads.
+
+    Of the last ``asked`` queries, None for all; otherwise as :func:`window_attention`, or as
+    :func:`cross_attention` if not ``causal``. ``reduce`` is "mean" over the queries that see the
+    key, "l2" the root of the sum of squares, "max" of rows averaged over ``kernel_size`` of the
+    keys before the window and scaled to the mass they had (DefensiveKV, arXiv 2510.13334), or
+    "drop", the mean of ``A / (1 - A) * ||o - v||_2`` (CAOTE, arXiv 2504.14051).
+    """
+    batch, heads, q_len, head_dim = query.shape
+    kv_heads, kv_len = key.shape[1], key.shape[2]
+    scale = 1 / math.sqrt(head_dim) if scale is None else scale
+    scores = torch.zeros(batch, heads, kv_len)
+    if bias is not None:
+        bias = bias.expand(batch, heads, q_len, kv_len)
+    first = kv_len - q_len if causal else 0
+    for b in range(batch):
+        row = torch.arange(kv_len) if real is None else real[b].nonzero()[:, 0]
+        prefix = max(len(row) - window_size, 0) if causal else kv_len
+        # Ranks of the queries among the row's keys, and their slots in `query`.
+        ranks = [t for t in range(len(row)) if row[t] >= first] if causal else range(q_len)
+        ranks = list(ranks)[0 if asked is None else -asked :]
+        slots = row[ranks] - first if causal else torch.tensor(ranks)
+        seen = [torch.arange(len(row)) <= t if causal else row >= 0 for t in ranks]
+        for h in range(heads if prefix and ranks else 0):
+            g = h // (heads // kv_heads)
+            logits = query[b, h, slots].float() @ key[b, g, row].float().T * scale
+            if softcap is not None:
+                logits = (logits / softcap).tanh() * softcap
+            if bias is not None:
+                logits = logits + bias[b, h, slots][:, row].float()
+            logits[~torch.stack(seen)] = -math.inf
+            if sinks is not None:
+                logits = torch.cat([logits, sinks[h].float().expand(len(ranks), 1)], dim=-1)
+            attention = logits.softmax(-1)[:, : len(row)]  # [T, K]
+            if reduce == "max":
+                rows = [pooled_to_its_mass(part, kernel_size) for part in attention[:, :prefix]]
+                scored = torch.stack(rows).amax(0)
+            elif reduce == "l2":
+                scored = attention.norm(dim=0)
+            else:
+                if reduce == "drop":
+                    assert value is not None
+                    attention = changes(attention, value[b, g, row].float())
+                scored = attention.sum(0) / torch.stack(seen).sum(0).clamp(min=1)
+            scores[b, h, row[:prefix]] = scored[:prefix]
+    return scores
+
+
+def pooled_to_its_mass(row: Tensor, kernel_size: int) -> Tensor:
+    """Means over ``kernel_size`` neighbours, zeros beyond the ends, times what keeps the sum."""
+    half = kernel_size // 2
+    pooled = torch.stack([row[max(i - half, 0) : i + half + 1].sum() for i in range(len(row))])
+    return pooled if row.sum() == 0 else pooled * row.sum() / pooled.sum()
+
+
+def changes(attention: Tensor, value: Tensor) -> Tensor:
+    """``A / (1 - A) * ||o - v||_2`` of rows ``[T, K]`` on values ``[K, Dv]``."""
+    changed = torch.zeros_like(attention)
+    for t, row in enumerate(attention):
+        distances = (row @ value - value).norm(dim=-1)
+        changed[t] = row / (1 - row).clamp(min=torch.finfo(torch.float32).eps) * distances
+    return changed
+
+
 def projected_norm(
     value: Tensor, weight: Tensor | None, in_out: bool, heads: int, norm: str
 ) -> Tensor:

@@ -1,14 +1,28 @@
-"""Scoring methods, one file each; ``METHODS`` maps the option's value to its function."""
+"""Scoring methods, one file each. Registered here, in the order in which errors list them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-from .base import ScoreInputs, Scores
+from ..registry import register_method
+from .caote import caote
 from .criticalkv import criticalkv
+from .defensive import defensive
+from .h2o import h2o
+from .keydiff import keydiff
+from .knorm import knorm
+from .laprox import laprox
 from .snapkv import snapkv
+from .streaming_llm import streaming_llm
+from .tova import tova
+from .vatp import vatp
 
-METHODS: dict[str, Callable[[ScoreInputs], Scores]] = {
-    "criticalkv": criticalkv,
-    "snapkv": snapkv,
-}
+register_method("criticalkv", criticalkv, reads_projection=True)
+register_method("snapkv", snapkv, base=True)
+register_method("h2o", h2o, base=True)
+register_method("tova", tova, base=True)
+register_method("streaming_llm", streaming_llm)
+register_method("knorm", knorm)
+register_method("keydiff", keydiff)
+register_method("vatp", vatp, base=True)
+register_method("caote", caote, base=True)
+register_method("defensive", defensive, reads_projection=True, base=True)
+register_method("laprox", laprox, reads_projection=True, base=True)

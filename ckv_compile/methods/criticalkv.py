@@ -1,8 +1,8 @@
-"""CriticalKV over SnapKV (arXiv 2502.03805, Algorithm 1)."""
+"""CriticalKV over any base (arXiv 2502.03805, Algorithm 1)."""
 
 from __future__ import annotations
 
-from .base import ScoreInputs, Scores
+from .base import ScoreInputs, Scores, scores_of
 
 
 def criticalkv(inputs: ScoreInputs) -> Scores:
@@ -14,5 +14,8 @@ def criticalkv(inputs: ScoreInputs) -> Scores:
     for the largest ``A_i ||v_i W_O||_1``, which stage 2 takes. ``theta`` itself is not guaranteed
     to be lower than that of attention alone, whose sigma is larger. With ``norm="value"`` the norm
     is ``||v_i||_1``, which says nothing of the layer's output, and there is no such bound.
+
+    Attention is what ``config.base`` scores by, SnapKV's as in the paper. Over a base that has
+    weighed the values already there is no such bound either.
     """
-    return Scores(inputs.window_attention(), inputs.projected_norm())
+    return Scores(scores_of(inputs.config.base, inputs).base, inputs.projected_norm())

@@ -12,9 +12,9 @@ from ..kernels.adapters import Adapters
 from ..kernels.compact import compact
 from ..kernels.select import select
 from ..kernels.window_attention import with_heads
+from ..registry import identity_of
 from ..sizes import number_of
-from . import METHODS
-from .base import ScoreInputs
+from .base import ScoreInputs, scores_of
 
 
 class EvictKV(nn.Module):
@@ -96,7 +96,7 @@ class EvictKV(nn.Module):
             self.cross,
             adapters,
         )
-        scores = METHODS[self.config.method](inputs)
+        scores = scores_of(self.config.method, inputs)
         base, norm = scores.base, scores.norm
         if cached is not None:
             key, value = cached
@@ -121,7 +121,8 @@ class EvictKV(nn.Module):
         counted = f"{config.budget}, row_bytes={self.row_bytes}"
         budget = counted if self.from_config else "an input of the graph"
         return (
-            f"method={config.method}, budget={budget}, window_size={config.window_size}, "
+            f"method={identity_of(config.method)}, base={identity_of(config.base)}, "
+            f"budget={budget}, window_size={config.window_size}, "
             f"kernel_size={config.kernel_size}, first_stage_ratio={config.first_stage_ratio}, "
             f"epsilon={config.epsilon}, norm={config.norm}, in_out={self.in_out}, "
             f"cross={self.cross}"
@@ -158,13 +159,14 @@ class ScoreKV(nn.Module):
             None if padding is None else padding.bool(),
             adapters=adapters,
         )
-        scores = METHODS[self.config.method](inputs)
+        scores = scores_of(self.config.method, inputs)
         return (scores.base,) if scores.norm is None else (scores.base, scores.norm)
 
     def extra_repr(self) -> str:
         """All that the body depends on; the compile cache is keyed by it."""
         config = self.config
         return (
-            f"method={config.method}, window_size={config.window_size}, "
-            f"kernel_size={config.kernel_size}, norm={config.norm}, in_out={self.in_out}"
+            f"method={identity_of(config.method)}, base={identity_of(config.base)}, "
+            f"window_size={config.window_size}, kernel_size={config.kernel_size}, "
+            f"norm={config.norm}, in_out={self.in_out}"
         )
