@@ -31,9 +31,11 @@ def captured(fn: Callable[..., Any], *args: Any, dynamic: bool = False) -> Graph
 
         return run
 
-    def fresh(*inputs: Any) -> Any:  # a code object that no other capture shares guards with
+    def fresh(*inputs: Any) -> Any:
         return fn(*inputs)
 
+    # Dynamo counts the compiles of a code object, and after 256 it takes no more.
+    fresh.__code__ = fresh.__code__.replace()
     for arg in args if dynamic else ():
         if arg.dim() == 4:
             torch._dynamo.mark_dynamic(arg, 2)
