@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import EvictionConfig
 from ..kernels.adapters import with_adapters
 from ..kernels.projected_norm import projected_norm
 from .caches import cut, fresh_cache, layers_of, uncut_layers
+from .candidates import Candidate, Methods, Spec, candidates_of
 from .probe import Seen, Watcher
 
 BUDGETS = (0.025, 0.05, 0.1, 0.2, 0.4)
@@ -34,7 +34,7 @@ class LayerRow:
 
     site: str
     method: str
-    budget: float | int | str
+    budget: Spec
     kept: int
     perturbation: tuple[float, ...]
     theta: tuple[float, ...]
@@ -59,7 +59,7 @@ class HiddenRow:
     """
 
     method: str
-    budget: float | int | str
+    budget: Spec
     distance: tuple[float, ...]
 
 
@@ -72,7 +72,7 @@ class PerturbationReport:
     """
 
     methods: tuple[str, ...]
-    budgets: tuple[float | int | str, ...]
+    budgets: tuple[Spec, ...]
     tokens: int
     queries: int
     later: int
@@ -80,16 +80,16 @@ class PerturbationReport:
     hidden: tuple[HiddenRow, ...] = ()
     note: str = ""
     texts: tuple[str, ...] = ()
-    kept: dict[tuple[str, str, float | int | str], Tensor] = dataclasses.field(
+    kept: dict[tuple[str, str, Spec], Tensor] = dataclasses.field(
         default_factory=dict, repr=False
     )
 
-    def of(self, method: str, budget: float | int | str) -> list[LayerRow]:
+    def of(self, method: str, budget: Spec) -> list[LayerRow]:
         """The rows of one method and budget, layer by layer."""
         return [row for row in self.rows if row.method == method and row.budget == budget]
 
     def share_better(
-        self, method: str, than: str, budget: float | int | str, what: str = "perturbation"
+        self, method: str, than: str, budget: Spec, what: str = "perturbation"
     ) -> tuple[int, int]:
         """How many heads ``method`` moves strictly less than ``than``, and of how many.
 
@@ -157,50 +157,12 @@ def _mean(rows: Sequence[LayerRow], name: str) -> float:
     return sum(values) / len(values)
 
 
-Methods = Sequence[str] | Mapping[str, Mapping[str, Any]]
-# Positions kept by options of which no method knows: see ``studies``.
-Keeps = Callable[[Seen, EvictionConfig, int], Tensor]
-
-
-@dataclasses.dataclass(frozen=True)
-class Candidate:
-    """A method with its options and the name that it goes by."""
-
-    label: str
-    config: EvictionConfig
-    keeps: Keeps = Seen.kept
-
-    def at(self, budget: float | int | str) -> EvictionConfig:
-        return dataclasses.replace(self.config, budget=budget)
-
-
-def candidates(methods: Methods | Sequence[Candidate], **options: Any) -> tuple[Candidate, ...]:
-    """Names, or labels with options, as candidates.
-
-    Raises:
-        TypeError, ValueError: naming the option and what it takes.
-    """
-    if isinstance(methods, str):
-        raise TypeError(f"methods={methods!r} is a str; it takes a sequence of names")
-    found: list[Candidate] = []
-    for one in methods:
-        if isinstance(one, Candidate):
-            found.append(one)
-            continue
-        given = methods[one] if isinstance(methods, Mapping) else {"method": one}
-        config = EvictionConfig.from_options({**options, **given, "lowering": "eager"})
-        found.append(Candidate(one, config))
-    if not found:
-        raise ValueError("methods is empty; it takes at least one name")
-    return tuple(found)
-
-
 @torch.no_grad()
 def perturbation(
     model: nn.Module,
     input_ids: Tensor,
-    budgets: Sequence[float | int | str] = BUDGETS,
-    methods: Methods | Sequence[Candidate] = METHODS,
+    budgets: Sequence[Spec] = BUDGETS,
+    methods: Methods = METHODS,
     *,
     queries: int | None = None,
     later: int = 0,
@@ -233,12 +195,12 @@ def perturbation(
     Raises:
         TypeError, ValueError: naming the argument and what it takes; or if no attention is matched.
     """
-    chosen = candidates(methods, **options)
+    chosen = candidates_of(methods, **options)
     wanted = _Wanted(chosen, tuple(budgets), *_lengths(input_ids, chosen, queries, later))
     watcher = watcher or Watcher(model)
     cache = _cache_of(model)
     rows: list[LayerRow] = []
-    kept: dict[tuple[str, str, float | int | str], Tensor] = {}
+    kept: dict[tuple[str, str, Spec], Tensor] = {}
     addresses: dict[str, int] = {}
 
     def visit(seen: Seen) -> None:
@@ -273,7 +235,7 @@ class _Wanted:
     """What to measure: the prompt is the first ``length`` tokens."""
 
     candidates: tuple[Candidate, ...]
-    budgets: tuple[float | int | str, ...]
+    budgets: tuple[Spec, ...]
     length: int
     queries: int
 
@@ -310,7 +272,7 @@ def _cache_of(model: Any) -> Any:
 
 def _measured(
     seen: Seen, wanted: _Wanted
-) -> tuple[list[LayerRow], dict[tuple[str, str, float | int | str], Tensor]]:
+) -> tuple[list[LayerRow], dict[tuple[str, str, Spec], Tensor]]:
     """The rows of one site, and what each method keeps, ``[B, Hkv, b]``."""
     prompt, length = seen.prompt(wanted.length), seen.kv_len
     tail = torch.arange(wanted.length, length)
@@ -418,7 +380,7 @@ def _hidden(
     input_ids: Tensor,
     cache: Any,
     layers: Mapping[str, int],
-    kept: Mapping[tuple[str, str, float | int | str], Tensor],
+    kept: Mapping[tuple[str, str, Spec], Tensor],
     wanted: _Wanted,
     asked: bool,
 ) -> tuple[tuple[HiddenRow, ...], str]:
