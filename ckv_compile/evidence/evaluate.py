@@ -93,6 +93,11 @@ class Plan:
             return (self.model, *asked, BOTH, FULL, "", str(budget))
         return (self.model, *asked, setting, one.label, one.options, str(budget))
 
+    def keys(self) -> Iterator[tuple[Any, ...]]:
+        """``Answer.key`` of all its answers, in the order in which they are asked."""
+        for asked, setting in itertools.product(self.asked(), self.settings):
+            yield from (self.key(asked, setting, cache) for cache in self.caches(setting))
+
 
 OnSample = Callable[[int, int, str], None]
 
@@ -109,7 +114,7 @@ def run(
         All answers of the plan, old and new, in its order.
     """
     answers = {answer.key: answer for answer in read(results)}
-    todo, wanted = list(plan.asked()), []
+    todo = list(plan.asked())
     for number, asked in enumerate(todo):
         if on_sample is not None:
             on_sample(number, len(todo), f"{asked[0]}, {asked[1]:,} tokens, no. {asked[2]}")
@@ -117,9 +122,13 @@ def run(
         answers |= {answer.key: answer for answer in new}
         if new and results is not None:
             _append(results, new)
-        for setting in plan.settings:
-            wanted += [plan.key(asked, setting, cache) for cache in plan.caches(setting)]
-    return [answers[key] for key in wanted]
+    return [answers[key] for key in plan.keys()]
+
+
+def held(plan: Plan, results: Path | None) -> list[Answer]:
+    """Those of the plan's answers that ``results`` has by now."""
+    answers = {answer.key: answer for answer in read(results)}
+    return [answers[key] for key in plan.keys() if key in answers]
 
 
 def _ask(

@@ -28,7 +28,7 @@ def load(name: str | None) -> tuple[Any, Any]:
         return load_smollm2()
     local = Path(name).expanduser().is_dir()
     if not local and (name.startswith((".", "/", "~")) or name.count("/") > 1):
-        raise FileNotFoundError(f"cannot load {name}: there is no such folder")
+        raise FileNotFoundError("there is no such folder")
     source = str(Path(name).expanduser()) if local else name
     tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local)
     model = AutoModelForCausalLM.from_pretrained(

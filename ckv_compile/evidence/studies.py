@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import inspect
+import itertools
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +19,7 @@ from torch import Tensor
 from .candidates import Candidate
 from .perturbation import BUDGETS, PerturbationReport, perturbation
 from .probe import Seen, Watcher
+from .text import table
 from .variants import (
     RATIOS,
     calibrated,
@@ -32,7 +34,7 @@ from .variants import (
 )
 
 # Texts that every installation of Python has. Choices are made on the first, judged on the second.
-TUNING = ("topic:execmodel import naming", "module:argparse")
+TUNING = ("topic:execmodel import naming",)
 HELD_OUT = ("topic:specialnames", "topic:compound numeric-types", "module:textwrap", "module:ast")
 LATER = 32
 
@@ -56,6 +58,8 @@ class Bench:
     tokenizer: Any
     watcher: Watcher
     tokens: int
+    # Is told of each text before it is read.
+    on_text: Callable[[str], None] = lambda name: None
 
     def ids(self, name: str) -> Tensor:
         found = self.tokenizer(text_of(name), return_tensors="pt").input_ids
@@ -67,23 +71,50 @@ class Bench:
         self, name: str, methods: Sequence[Candidate], later: int, budgets: Sequence[float]
     ) -> PerturbationReport:
         """``later``: queries that no method has seen; 0 for those of the window."""
+        self.on_text(f"{name}, {'later' if later else 'window'} queries")
         return perturbation(
             self.model, self.ids(name), budgets, methods,
-            queries=LATER, later=later, hidden=True, watcher=self.watcher,
+            queries=LATER, later=later, hidden=later > 0, watcher=self.watcher,
         )  # fmt: skip
 
 
 def epsilon(bench: Bench) -> Iterator[Line]:
     """Why is the share of heads that CriticalKV moves less far from the paper's 92 %?"""
-    pairs = _pairs()
+    pairs = pairs_of_epsilon()
     for part, names in (("tuning", TUNING), ("held-out", HELD_OUT)):
-        for name in names:
-            for later in (0, LATER):
-                report = bench.measure(name, list(pairs), later, BUDGETS)
-                yield from _shares(report, pairs, {"part": part, "text": name, "later": later})
+        for later in (0, LATER):
+            reports = []
+            for name in names:
+                reports.append(bench.measure(name, list(pairs), later, BUDGETS))
+                where = {"part": part, "text": name, "later": later}
+                yield from _shares(reports[-1], pairs, where)
+            # Heads by their mean over texts: what one text does by chance cancels.
+            where = {"part": part, "text": "mean of all", "later": later}
+            yield from _shares(_mean_of(reports), pairs, where)
 
 
-def _pairs() -> dict[Candidate, Candidate]:
+def _mean_of(reports: Sequence[PerturbationReport]) -> PerturbationReport:
+    """One report whose heads are the means of those of several texts."""
+
+    def mean(name: str, rows: Sequence[Any]) -> Any:
+        values = [getattr(row, name) for row in rows]
+        if isinstance(values[0], tuple):
+            return tuple(sum(value) / len(value) for value in zip(*values, strict=True))
+        return sum(values) / len(values)
+
+    numbers = ("perturbation", "theta", "sigma_first", "sigma", "group", "layer", "output")
+    rows = tuple(
+        dataclasses.replace(same[0], **{name: mean(name, same) for name in numbers})
+        for same in zip(*(report.rows for report in reports), strict=True)
+    )
+    hidden = tuple(
+        dataclasses.replace(same[0], distance=mean("distance", same))
+        for same in zip(*(report.hidden for report in reports), strict=True)
+    )
+    return dataclasses.replace(reports[0], rows=rows, hidden=hidden)
+
+
+def pairs_of_epsilon() -> dict[Candidate, Candidate]:
     """Variants of CriticalKV, each with the attention-only selection that it is compared with."""
     snap = variant("snapkv", method="snapkv")
     plain = variant("snapkv, no pooling", method="snapkv", kernel_size=1)
@@ -169,6 +200,7 @@ def norms(bench: Bench) -> Iterator[Line]:
         def visit(seen: Seen, lines: list[Line] = lines, name: str = name) -> None:
             lines.append({"text": name, "site": seen.name, **_norm_numbers(seen)})
 
+        bench.on_text(name)
         bench.watcher(visit, input_ids=bench.ids(name), use_cache=True, logits_to_keep=1)
         yield from lines
 
@@ -207,11 +239,36 @@ STUDIES: dict[str, Callable[[Bench], Iterator[Line]]] = {
     "stages": stages,
     "norms": norms,
 }
+# How often each of them reads a text.
+_READS = {
+    "epsilon": 2 * (len(TUNING) + len(HELD_OUT)),
+    "stages": 3 + len(HELD_OUT),
+    "norms": len(TUNING) + len(HELD_OUT),
+}
 
 
-def run(name: str, model: Any, tokenizer: Any, tokens: int, results: Path) -> int:
-    """Write the lines of a study to ``results`` (JSON lines), anew; returns their number."""
-    bench = Bench(model, tokenizer, Watcher(model), tokens)
+def run(
+    name: str,
+    model: Any,
+    tokenizer: Any,
+    tokens: int,
+    results: Path,
+    *,
+    on_text: Callable[[int, int, str], None] | None = None,
+) -> int:
+    """Write the lines of a study to ``results`` (JSON lines), anew; returns their number.
+
+    Args:
+        tokens: of each text.
+        on_text: is called with the number of the text that is read, how many there are, its name.
+    """
+    texts = itertools.count()
+
+    def step(text: str) -> None:
+        if on_text is not None:
+            on_text(next(texts), _READS[name], text)
+
+    bench = Bench(model, tokenizer, Watcher(model), tokens, step)
     results.parent.mkdir(parents=True, exist_ok=True)
     number = 0
     with results.open("w", encoding="utf-8") as file, torch.no_grad():
@@ -220,3 +277,68 @@ def run(name: str, model: Any, tokenizer: Any, tokens: int, results: Path) -> in
             file.flush()
             number += 1
     return number
+
+
+def told(name: str, results: Path, *, markdown: bool = False) -> str:
+    """The results of a study as tables."""
+    lines = [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()]
+    if name == "norms":
+        return table(_norms_told(lines), markdown=markdown)
+    compared = [line for line in lines if "than" in line]
+    found = [line for line in lines if "calibration" in line]
+    parts = [
+        f"{line['budget']:g}: alpha of {line['heads']} KV heads on {line['calibration']}"
+        for line in found
+    ]
+    if found:
+        parts.append(f"{found[0]['seconds']:.0f} s in all")
+    for later in sorted({line["later"] for line in compared}):
+        for part in dict.fromkeys(line["part"] for line in compared):
+            here = [one for one in compared if (one["later"], one["part"]) == (later, part)]
+            if here:
+                seen = "queries not seen" if later else "queries of the window"
+                parts += [f"\n{part} texts, {seen}:\n", table(_told(here), markdown=markdown)]
+    return "\n".join(parts)
+
+
+def _told(lines: Sequence[Line]) -> list[Line]:
+    """One row for each method and budget, over texts; ratios to what it is compared with."""
+    found = []
+    single = [line for line in lines if line["text"] != "mean of all"]
+    means = {(o["budget"], o["method"]): o for o in lines if o["text"] == "mean of all"}
+    for budget, method in dict.fromkeys((one["budget"], one["method"]) for one in single):
+        mine = [one for one in single if (one["budget"], one["method"]) == (budget, method)]
+        than = mine[0]["than"]
+        if method == than:
+            continue
+        other = [one for one in single if (one["budget"], one["method"]) == (budget, than)]
+        row: Line = {"budget": budget, "method": method, "than": than}
+        for what, name in (("perturbation", "heads"), ("theta", "theta"), ("group", "groups")):
+            shares = [one[f"better_{what}"] / one[f"heads_{what}"] for one in mine]
+            row[f"{name} better %"] = f"{100 * sum(shares) / len(shares):.0f}"
+            if what == "perturbation":
+                row["least to most %"] = f"{100 * min(shares):.0f} to {100 * max(shares):.0f}"
+        mean = means.get((budget, method))
+        if mean is not None:
+            share = mean["better_perturbation"] / mean["heads_perturbation"]
+            row["by mean of texts %"] = f"{100 * share:.0f}"
+        for what in ("perturbation", "layer", "hidden"):
+            if mine[0][what] is not None:
+                ratio = sum(one[what] for one in mine) / sum(one[what] for one in other)
+                row[f"{what} ratio"] = f"{ratio:.3f}"
+        found.append(row)
+    return found
+
+
+def _norms_told(lines: Sequence[Line]) -> list[Line]:
+    """Mean and quantiles over texts, layers and KV heads."""
+    found = []
+    for name in (key for key, value in lines[0].items() if isinstance(value, list)):
+        values = torch.tensor([number for line in lines for number in line[name]])
+        quantiles = torch.quantile(values, torch.tensor([0.0, 0.1, 0.5, 0.9, 1.0])).tolist()
+        names = ("least", "10 %", "median", "90 %", "most")
+        found.append({
+            "of each KV head": name, "heads": len(values), "mean": float(values.mean()),
+            **dict(zip(names, quantiles, strict=True)),
+        })  # fmt: skip
+    return found

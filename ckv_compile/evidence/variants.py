@@ -19,6 +19,12 @@ from .probe import Remembered, Seen
 RATIOS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
+def variant(label: str, keeps: Keeps = Seen.kept, **options: Any) -> Candidate:
+    """CriticalKV with another selection or other options."""
+    config = EvictionConfig.from_options({"method": "criticalkv", **options, "lowering": "eager"})
+    return Candidate(label, config, keeps)
+
+
 def relative_epsilon(times: float) -> Keeps:
     """``epsilon = times / K``: a share of the mean attention, whatever the length."""
 
@@ -131,7 +137,10 @@ def _norms_by_head(seen: Seen) -> Tensor:
     return inputs._once(("norm by head",), compute)
 
 
-def variant(label: str, keeps: Keeps = Seen.kept, **options: Any) -> Candidate:
-    """CriticalKV with another selection or other options."""
-    config = EvictionConfig.from_options({"method": "criticalkv", **options, "lowering": "eager"})
-    return Candidate(label, config, keeps)
+# What the commands know beside the library's methods.
+VARIANTS: dict[str, Keeps] = {
+    "centred": centred,
+    "per-query-head": per_query_head,
+    "largest-of-group": largest_of_group,
+    "sink-kept": with_sink,
+}
