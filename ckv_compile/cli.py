@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -37,9 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     return evidence.run(args.command, chosen, args)
 
 
-def _coverage_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> (
-    argparse.ArgumentParser
-):
+def _coverage_parser(commands: Any) -> argparse.ArgumentParser:
     coverage = commands.add_parser(
         "coverage",
         help="check every architecture of the installed transformers",

@@ -1,7 +1,7 @@
 """A model that reads a text once and answers over many caches.
 
-One uncompiled pass serves every method and budget: it shows each attention to them, and their caches
-are cut out of the full one. A test holds these against what ``optimize`` leaves.
+One uncompiled pass serves every method and budget: it shows each attention to them, and their
+caches are cut out of the full one. A test holds these against what ``optimize`` leaves.
 """
 
 from __future__ import annotations
@@ -81,9 +81,7 @@ class Asker:
             for one, text, loss in zip(rows, texts, losses, strict=True):
                 yield Reply(one, text, loss, held)
 
-    def _read(
-        self, ids: Tensor, caches: Sequence[Cache]
-    ) -> tuple[Any, Mapping[str, Kept], Tensor]:
+    def _read(self, ids: Tensor, caches: Sequence[Cache]) -> tuple[Any, Mapping[str, Kept], Tensor]:
         """The full cache, what each of ``caches`` keeps of it, and the last logits ``[1, V]``."""
         cache, length = fresh_cache(self.model), ids.shape[1]
         found: dict[str, dict[str, Tensor]] = {}

@@ -1,4 +1,4 @@
-"""``python -m ckv_compile explain | perturb | eval | study | bench``: arguments, and what they run."""
+"""Arguments of ``explain``, ``perturb``, ``eval``, ``study`` and ``bench``, and what they run."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from .shell import (
 )
 from .tasks import TASKS
 from .text import score_table, table
-from .timing import timings
+from .timing import Timing, timings
 
 
 def run(command: str, parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
@@ -121,10 +121,10 @@ def run_eval(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     else:
         print(score_table(found, markdown=args.markdown))
     if args.save is not None and found:
-        from .pictures import save_curves
+        from .pictures import save, score_curves
 
         with one_line(parser, f"cannot save {args.save}"):
-            save_curves(found, args.save)
+            save(score_curves(found), args.save)
     return status
 
 
@@ -146,19 +146,30 @@ def run_bench(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     (candidate,) = methods_from(parser, [args.method])
     budgets = budgets_from(parser, args.budgets)
     model, tokenizer = loaded(parser, args.model)
-    rows, status = [], 0
+    found: list[Timing] = []
+    status = 0
     try:
         with one_line(parser), bar("full cache") as step:
             for timing in timings(
                 model, _ids(parser, args, tokenizer), budgets, candidate,
-                lowering=args.lowering, repeats=args.repeats, on_step=step,
+                lowering=args.lowering, new_tokens=args.new_tokens, repeats=args.repeats,
+                on_step=step,
             ):  # fmt: skip
-                rows.append(dataclasses.asdict(timing))
+                found.append(timing)
     except KeyboardInterrupt:
         print("interrupted; these are the budgets so far", file=sys.stderr)
         status = INTERRUPTED
     machine = f"{torch.get_num_threads()} threads, torch {torch.__version__}"
-    print(json.dumps({"machine": machine, "rows": rows}) if args.json else table(rows))
+    rows = [dataclasses.asdict(timing) for timing in found]
+    if args.json:
+        print(json.dumps({"machine": machine, "rows": rows}))
+    else:
+        print(table([{k: v for k, v in row.items() if k != "bytes_by_token"} for row in rows]))
+    if args.save is not None and found:
+        from .pictures import cache_growth, save
+
+        with one_line(parser, f"cannot save {args.save}"):
+            save(cache_growth(found), args.save)
     return status
 
 
@@ -227,11 +238,15 @@ def add_parsers(commands: Any) -> dict[str, argparse.ArgumentParser]:
     one.add_argument("--method", default="criticalkv")
     one.add_argument("--lowering", default="auto", help="auto (compiles for minutes) or eager")
     one.add_argument("--repeats", type=int, default=3)
+    one.add_argument("--new-tokens", type=int, default=16, help="generated each time; default 16")
+    one.add_argument("--save", type=Path, metavar="PNG", help="cache bytes over the generation")
     return found
 
 
 def _compared(parser: argparse.ArgumentParser, budgets: list[str]) -> None:
-    parser.add_argument("--budgets", nargs="+", default=budgets, help=f"default {' '.join(budgets)}")
+    parser.add_argument(
+        "--budgets", nargs="+", default=budgets, help=f"default {' '.join(budgets)}"
+    )
     parser.add_argument(
         "--methods",
         nargs="+",

@@ -163,10 +163,7 @@ def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
 def _configs(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[EvictionConfig]:
     shared = {"method": args.method, "lowering": args.lowering}
     with one_line(parser):
-        return [
-            EvictionConfig(budget=spec, **shared)
-            for spec in args.budget or ("0.5", "0.2")
-        ]
+        return [EvictionConfig(budget=spec, **shared) for spec in args.budget or ("0.5", "0.2")]
 
 
 def _text(parser: argparse.ArgumentParser, path: Path | None) -> str:
@@ -202,7 +199,9 @@ def _prompt(parser: argparse.ArgumentParser, tokenizer: Any, text: str, name: ob
     return {name: inputs[name] for name in ("input_ids", "attention_mask")}
 
 
-def _check_context(parser: argparse.ArgumentParser, model: Any, inputs: Any, max_new_tokens: int) -> None:
+def _check_context(
+    parser: argparse.ArgumentParser, model: Any, inputs: Any, max_new_tokens: int
+) -> None:
     needed = inputs["input_ids"].shape[1] + max_new_tokens
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if limit and needed > limit:

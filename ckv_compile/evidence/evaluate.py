@@ -93,7 +93,7 @@ class Plan:
             return (self.model, *asked, BOTH, FULL, "", str(budget))
         return (self.model, *asked, setting, one.label, one.options, str(budget))
 
-    def keys(self) -> Iterator[tuple[Any, ...]]:
+    def every_key(self) -> Iterator[tuple[Any, ...]]:
         """``Answer.key`` of all its answers, in the order in which they are asked."""
         for asked, setting in itertools.product(self.asked(), self.settings):
             yield from (self.key(asked, setting, cache) for cache in self.caches(setting))
@@ -122,13 +122,13 @@ def run(
         answers |= {answer.key: answer for answer in new}
         if new and results is not None:
             _append(results, new)
-    return [answers[key] for key in plan.keys()]
+    return [answers[key] for key in plan.every_key()]
 
 
 def held(plan: Plan, results: Path | None) -> list[Answer]:
     """Those of the plan's answers that ``results`` has by now."""
     answers = {answer.key: answer for answer in read(results)}
-    return [answers[key] for key in plan.keys() if key in answers]
+    return [answers[key] for key in plan.every_key() if key in answers]
 
 
 def _ask(

@@ -26,8 +26,8 @@ class LayerRow:
     """One attention, one method, one budget; means over the queries and sequences, by query head.
 
     ``perturbation`` is ``||o - o_N||_1`` of a head's output seen through its slice of ``W_O``,
-    ``theta`` its bound, ``sigma_first`` the attention on what stage 1 and the window hold, ``sigma``
-    that on all that is kept. ``group`` is the perturbation of the heads of a KV head together, and
+    ``theta`` its bound, ``sigma_first`` the attention on what stage 1 and the window hold,
+    ``sigma`` that on all that is kept. ``group`` is the perturbation of the heads of a KV head together, and
     ``layer`` of all heads together, which is what the next layer sees. ``output`` is
     ``||o||_1`` of all heads together, to compare with.
     """
@@ -80,9 +80,7 @@ class PerturbationReport:
     hidden: tuple[HiddenRow, ...] = ()
     note: str = ""
     texts: tuple[str, ...] = ()
-    kept: dict[tuple[str, str, Spec], Tensor] = dataclasses.field(
-        default_factory=dict, repr=False
-    )
+    kept: dict[tuple[str, str, Spec], Tensor] = dataclasses.field(default_factory=dict, repr=False)
 
     def of(self, method: str, budget: Spec) -> list[LayerRow]:
         """The rows of one method and budget, layer by layer."""
@@ -303,15 +301,13 @@ class _Attention:
         self.batch, self.kv_heads = inputs.key.shape[:2]
         self.heads = inputs.query.shape[1]
         self.groups = self.heads // self.kv_heads
-        weight = with_adapters(inputs.o_proj_weight, inputs.in_out, inputs.adapters)  # type: ignore[arg-type]
+        weight = with_adapters(inputs.o_proj_weight, inputs.in_out, inputs.adapters)
         rows = weight.float() if inputs.in_out else weight.float().t()
         self.weight = rows.reshape(self.heads, -1, rows.shape[1])  # [H, Dv, E]
-        self.parts = [
-            [self._part(b, g) for g in range(self.kv_heads)] for b in range(self.batch)
-        ]
+        self.parts = [[self._part(b, g) for g in range(self.kv_heads)] for b in range(self.batch)]
 
     def _part(self, b: int, g: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Attention ``[G, q, K]``, a sink's share ``[G, q, 1]``, values ``[K, Dv]``, norms and C."""
+        """Attention ``[G, q, K]``, a sink's ``[G, q, 1]``, values ``[K, Dv]``, their norms, and C."""
         inputs, heads = self.seen.inputs, slice(g * self.groups, (g + 1) * self.groups)
         attention, sink = _softmax(inputs, b, g, heads, self.queries)
         value = inputs.value[b, g].float()
@@ -352,10 +348,8 @@ class _Attention:
         return {**lists, "group": tuple(group.tolist()), "layer": layer, "output": output}
 
 
-def _softmax(
-    inputs: Any, b: int, g: int, heads: slice, queries: int
-) -> tuple[Tensor, Tensor]:
-    """Attention of the last queries over all keys ``[G, q, K]``; what a sink takes ``[G, q, 1]``."""
+def _softmax(inputs: Any, b: int, g: int, heads: slice, queries: int) -> tuple[Tensor, Tensor]:
+    """Attention of the last queries ``[G, q, K]``, and what a sink takes of it ``[G, q, 1]``."""
     query, key = inputs.query[b, heads, -queries:].float(), inputs.key[b, g].float()
     scale = query.shape[-1] ** -0.5 if inputs.scale is None else inputs.scale
     logits = query @ key.t() * scale

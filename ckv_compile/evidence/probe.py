@@ -66,9 +66,7 @@ class Seen:
         inputs = self.inputs
         query, key, value = (x[:, :, :length] for x in (inputs.query, inputs.key, inputs.value))
         bias = None if inputs.bias is None else _cut_bias(inputs.bias, length)
-        shorter = dataclasses.replace(
-            inputs, query=query, key=key, value=value, bias=bias, memo={}
-        )
+        shorter = dataclasses.replace(inputs, query=query, key=key, value=value, bias=bias, memo={})
         cached = (self.cached[0][:, :, :length], self.cached[1][:, :, :length])
         return dataclasses.replace(self, inputs=shorter, cached=cached)
 

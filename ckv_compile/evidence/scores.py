@@ -63,7 +63,8 @@ def scores(answers: Sequence[Answer], *, over_tasks: bool = False) -> list[Score
         group[a.task, a.sample] = a
     found: list[Score] = []
     firsts: dict[tuple[Any, ...], dict[Any, Answer]] = {}
-    for (*where, budget, method), group in groups.items():
+    for (task, length, setting, budget, method), group in groups.items():
+        where = (task, length, setting)
         first = firsts.setdefault((*where, budget), group)
         shared = [key for key in group if key in first]
         pairs = [(group[key], first[key]) for key in shared]

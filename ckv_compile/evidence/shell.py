@@ -89,7 +89,9 @@ def methods_from(
 
 def _candidate(name: str, options: dict[str, Any]) -> Candidate:
     method, _, rest = name.partition(":")
-    given = {key: _value(value) for key, _, value in (p.partition("=") for p in rest.split(",") if p)}
+    given = {
+        key: _value(value) for key, _, value in (p.partition("=") for p in rest.split(",") if p)
+    }
     if method in VARIANTS:
         return variant(name, VARIANTS[method], **options, **given)
     return variant(name, **options, **given, method=method)

@@ -174,7 +174,7 @@ def stages(bench: Bench) -> Iterator[Line]:
         chosen[budget] = calibrated(found, budget)
     seconds = time.perf_counter() - began
     for budget, by_site in chosen.items():
-        counts = {ratio: 0 for ratio in RATIOS}
+        counts = dict.fromkeys(RATIOS, 0)
         for ratio in (ratio for row in by_site.values() for ratio in row):
             counts[ratio] += 1
         yield {"calibration": TUNING[0], "budget": budget, "heads": counts, "seconds": seconds}

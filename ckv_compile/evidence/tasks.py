@@ -7,6 +7,7 @@ documentation, which every installation has. Nothing is downloaded.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import random
 import re
 from collections.abc import Callable, Sequence
@@ -19,16 +20,14 @@ _ADJECTIVES = (
     "amber bitter brave calm clever copper crimson dusty eager early fancy faint gentle golden "
     "happy hollow humble icy jolly lively lonely mellow misty noble pale polite proud quick quiet "
     "rapid rusty scarlet secret silent silver sleepy small solid stormy sunny tidy tiny velvet warm"
-).split()
+)
 _NOUNS = (
     "anchor basket beacon bridge candle canyon castle cellar clock desert dragon engine falcon "
     "feather forest garden glacier hammer harbor island jungle kettle ladder lantern library market "
     "meadow mirror monkey mountain needle ocean orchard palace pencil piano planet river rocket "
     "saddle sailor shadow spider station summer temple ticket tunnel valley violin window winter"
-).split()
-_NOISE = (
-    "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 )
+_NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,8 +147,8 @@ def _haystack(rng: random.Random, size: int, facts: Sequence[str]) -> str:
 
 def _names(rng: random.Random, count: int) -> list[str]:
     """Different names; at most 3,000 and some."""
-    pairs = [f"{a}-{n}" for a in _ADJECTIVES for n in _NOUNS]
-    pairs += [f"{n}-{a}" for a in _ADJECTIVES for n in _NOUNS]
+    pairs = [f"{a}-{n}" for a in _ADJECTIVES.split() for n in _NOUNS.split()]
+    pairs += [f"{n}-{a}" for a in _ADJECTIVES.split() for n in _NOUNS.split()]
     return rng.sample(pairs, min(count, len(pairs)))
 
 
@@ -205,13 +204,15 @@ def _variables(rng: random.Random, size: int) -> Sample:
     names = ["".join(rng.sample("ABCDEFGHIJKLMNOPQRSTUVWXYZ", 3)) for _ in range(5)]
     value = str(rng.randrange(10_000, 100_000))
     chain = [f"VAR {names[0]} = {value}."]
-    chain += [f"VAR {b} = VAR {a}." for a, b in zip(names, names[1:], strict=False)]
+    chain += [f"VAR {b} = VAR {a}." for a, b in itertools.pairwise(names)]
     places = sorted(rng.random() for _ in chain)
     noise = [_NOISE] * size
     for place, line in sorted(zip(places, chain, strict=True), reverse=True):
         noise.insert(round(place * size), line)
     intro = "Memorize and track the chain(s) of variable assignment hidden in the following text."
-    question = f"Question: Find all variables that are assigned the value {value} in the text above."
+    question = (
+        f"Question: Find all variables that are assigned the value {value} in the text above."
+    )
     prefix = (
         "According to the chain(s) of variable assignment in the text above, "
         f"{len(names)} variables are assigned the value {value}, they are:"

@@ -11,14 +11,16 @@ import torch
 from torch import Tensor
 
 from ..api import optimize, restore
-from ..cache import EvictedCache
 from .caches import fresh_cache
 from .candidates import Candidate, Spec
 
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """One budget; ``method`` "full" is the model as written. Times are the best of all repeats."""
+    """One budget; ``method`` "full" is the model as written. Times are the best of all repeats.
+
+    ``bytes_by_token``: storage of the cache after the prompt and after each token.
+    """
 
     method: str
     budget: Spec
@@ -28,6 +30,7 @@ class Timing:
     per_token_s: float
     cache_bytes: int
     first_call_s: float
+    bytes_by_token: tuple[int, ...] = ()
 
 
 @torch.no_grad()
@@ -61,7 +64,7 @@ def timings(
             _run(model, input_ids, 2)
             first = time.perf_counter() - first
             runs = [_run(model, input_ids, new_tokens) for _ in range(repeats)]
-            cache, kept = runs[-1][2:]
+            sizes, kept = runs[-1][2:]
             yield Timing(
                 "full" if budget is None else candidate.label,
                 1.0 if budget is None else budget,
@@ -69,22 +72,26 @@ def timings(
                 kept,
                 min(run[0] for run in runs),
                 min(run[1] for run in runs),
-                sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers),
+                sizes[0],
                 first,
+                tuple(sizes),
             )
     finally:
         restore(model)
 
 
-def _run(model: Any, ids: Tensor, steps: int) -> tuple[float, float, EvictedCache, int]:
-    """Seconds of the prompt and of a token, the cache, and entries after the prompt."""
+def _run(model: Any, ids: Tensor, steps: int) -> tuple[float, float, list[int], int]:
+    """Seconds of the prompt and of a token, bytes of cache by token, entries after the prompt."""
     cache = fresh_cache(model)
     start = time.perf_counter()
     logits = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
     prefill = time.perf_counter() - start
     kept = max(layer.keys.shape[2] for layer in cache.layers)
-    start = time.perf_counter()
+    sizes, seconds = [cache.nbytes], 0.0
     for _ in range(steps):
         token = logits[:, -1].argmax(-1, keepdim=True)
+        start = time.perf_counter()
         logits = model(input_ids=token, past_key_values=cache, use_cache=True).logits
-    return prefill, (time.perf_counter() - start) / steps, cache, kept
+        seconds += time.perf_counter() - start
+        sizes.append(cache.nbytes)
+    return prefill, seconds / steps, sizes, kept

@@ -53,7 +53,9 @@ def per_query_head(seen: Seen, config: EvictionConfig, budget: int) -> Tensor:
     attention, norms = _attention_by_head(seen, config), _norms_by_head(seen)
     batch, kv_heads = seen.inputs.key.shape[:2]
     products = (attention + config.epsilon) * norms
-    base, mean = (x.reshape(batch, kv_heads, -1, seen.kv_len).mean(2) for x in (attention, products))
+    base, mean = (
+        x.reshape(batch, kv_heads, -1, seen.kv_len).mean(2) for x in (attention, products)
+    )
     # Such that (base + epsilon) * norm is the mean product.
     norm = mean / (base + config.epsilon).clamp(min=1e-30)
     return seen.selected(base, norm, config, budget)
@@ -120,9 +122,7 @@ def _attention_by_head(seen: Seen, config: EvictionConfig) -> Tensor:
     memo = ("by head", config.window_size, config.kernel_size)
     return inputs._once(
         memo,
-        lambda: window_attention(
-            inputs.query, key, *options, bias=inputs.bias, sinks=inputs.sinks
-        ),
+        lambda: window_attention(inputs.query, key, *options, bias=inputs.bias, sinks=inputs.sinks),
     )
 
 
