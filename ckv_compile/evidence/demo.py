@@ -21,13 +21,12 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from transformers import DynamicCache
 from transformers.generation import BaseStreamer
-from transformers.utils import logging as transformers_logging
 
 from ..api import explain, optimize
 from ..backend import lowering_for
 from ..config import EvictionConfig
 from .models import SMOLLM2, load
-from .shell import Parser, one_line
+from .shell import Parser, one_line, quiet
 
 TOPICS = ("execmodel", "import", "naming")
 CODE = "48213"
@@ -123,9 +122,8 @@ def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     out = sys.stderr if args.json else sys.stdout
     console = Console(file=out, width=None if out.isatty() else 140, **plain)
     stage = Stages(console)
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    hub_logging.set_verbosity_error()
+    hub_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    quiet()
     name = args.model or SMOLLM2
     with one_line(parser, f"cannot load {name}"), stage(f"load {name}"):
         model, tokenizer = load(args.model)

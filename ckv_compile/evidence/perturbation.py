@@ -27,8 +27,8 @@ class LayerRow:
 
     ``perturbation`` is ``||o - o_N||_1`` of a head's output seen through its slice of ``W_O``,
     ``theta`` its bound, ``sigma_first`` the attention on what stage 1 and the window hold,
-    ``sigma`` that on all that is kept. ``group`` is the perturbation of the heads of a KV head together, and
-    ``layer`` of all heads together, which is what the next layer sees. ``output`` is
+    ``sigma`` that on all that is kept. ``group`` is the perturbation of the heads of a KV head
+    together, and ``layer`` of all heads together, which is what the next layer sees. ``output`` is
     ``||o||_1`` of all heads together, to compare with.
     """
 
@@ -307,7 +307,7 @@ class _Attention:
         self.parts = [[self._part(b, g) for g in range(self.kv_heads)] for b in range(self.batch)]
 
     def _part(self, b: int, g: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Attention ``[G, q, K]``, a sink's ``[G, q, 1]``, values ``[K, Dv]``, their norms, and C."""
+        """Attention ``[G, q, K]``, a sink's ``[G, q, 1]``, values ``[K, Dv]``, norms and C."""
         inputs, heads = self.seen.inputs, slice(g * self.groups, (g + 1) * self.groups)
         attention, sink = _softmax(inputs, b, g, heads, self.queries)
         value = inputs.value[b, g].float()

@@ -54,13 +54,18 @@ def bar(what: str) -> Iterator[Callable[[int, int, str], None]]:
 def loaded(parser: argparse.ArgumentParser, name: str | None) -> tuple[Any, Any]:
     """``(model, tokenizer)``, quietly."""
     with one_line(parser, f"cannot load {name or 'the default model'}"):
-        from transformers.utils import logging
-
         from .models import load
 
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
+        quiet()
         return load(name)
+
+
+def quiet() -> None:
+    """No progress bars and no advice of transformers'."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
 
 
 def text_from(parser: argparse.ArgumentParser, path: Path | None) -> str:
