@@ -108,13 +108,19 @@ def test_answers_are_those_of_the_optimised_model(asker, folder, setting, method
     for reply in replies:
         ckv_compile.optimize(model, reply.cache[0], method=method, lowering="eager")
         cache = None if setting == REGULAR else ckv_compile.compress(model, context)
-        output = model.generate(ids, past_key_values=cache, max_new_tokens=8, do_sample=False)
+        output = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),  # a token of the text is taken for a pad else
+            past_key_values=cache,
+            max_new_tokens=8,
+            do_sample=False,
+        )
         answer = output[0, ids.shape[1] :]
         text = asker.tokenizer.decode(answer, skip_special_tokens=True).strip()
         assert reply.text == text
         n = ids.shape[1] if setting == REGULAR else context.shape[1]
         assert reply.kept == candidate.at(reply.cache[0]).entries(n)
-    assert len({reply.text for reply in replies}) == 2, "the budgets must make a difference here"
+    assert len({reply.loss for reply in replies}) == 2, "the budgets must make a difference here"
 
 
 def test_the_loss_is_that_of_the_right_answer(asker):
@@ -264,7 +270,7 @@ def test_perturb_from_a_shell(folder, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "perturbation of 200 tokens, measured on 32 queries" in out
     assert "heads better than snapkv" in out and "60 of 200" in out
-    assert len(rows.read_text().splitlines()) == 4 and "another" in page.read_text()
+    assert len(rows.read_text().splitlines()) == 4 and '"w", "o", "r", "d"' in page.read_text()
     with pytest.raises(SystemExit) as stopped:
         run(*argv[:-4], "--tokens", 5000)
     assert stopped.value.code == 2

@@ -65,13 +65,14 @@ class Asker:
         ids = torch.cat([context, question], dim=1) if regular else context
         full, kept, logits = self._read(ids, caches)
         right = torch.tensor([prompt.right_ids])
+        room = question.shape[1] + max(right.shape[1], max_new_tokens)
         for _, group in itertools.groupby(caches, key=lambda one: str(one[0])):
             rows = list(group)
             keep = {i: torch.cat([kept[_name(one)][i] for one in rows]) for i in kept[_FULL]}
             held, last = next(iter(keep.values())).shape[2], logits.expand(len(rows), -1)
 
             def start(keep: Kept = keep, last: Tensor = last) -> tuple[Any, Tensor]:
-                cache = cut(full, keep, ids.shape[1])
+                cache = cut(full, keep, ids.shape[1], room)
                 if regular:
                     return cache, last
                 return cache, self._logits(cache, question.expand(len(last), -1), 1)[:, -1]

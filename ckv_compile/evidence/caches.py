@@ -45,12 +45,15 @@ def uncut_layers(cache: EvictedCache, keep: Mapping[int, Tensor]) -> list[int]:
     return [i for i, layer in layers if isinstance(layer, EvictedLayer) and i not in keep]
 
 
-def cut(full: EvictedCache, keep: Mapping[int, Tensor], seen: int) -> EvictedCache:
+def cut(
+    full: EvictedCache, keep: Mapping[int, Tensor], seen: int, room: int = 1
+) -> EvictedCache:
     """A cache that has seen ``seen`` tokens and holds the positions ``keep`` of each layer.
 
     Args:
         full: of a batch of one; it stays as it is. Layers with a sliding window are copied.
         keep: ``[M, Hkv, b]`` for each full-attention layer; the new cache has M rows.
+        room: for so many tokens, which are then written in place.
     """
     rows = next(iter(keep.values())).shape[0]
     new = copy.copy(full)
@@ -66,6 +69,7 @@ def cut(full: EvictedCache, keep: Mapping[int, Tensor], seen: int) -> EvictedCac
         made.update(_taken(layer.keys, positions), _taken(layer.values, positions))
         made.gap = sized(seen - positions.shape[2])
         made.prompt_len, made.complete = seen, True
+        made.reserve(room)
         new.layers.append(made)
     return new
 
