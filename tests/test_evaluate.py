@@ -1,4 +1,4 @@
-"""Questions about long texts: what is asked, over which caches, and what a file of answers holds."""
+"""Questions about long texts: what is asked, over which caches, what a file of answers holds."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_a_text_that_cannot_be_so_short_is_an_error(asker):
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_answers_are_those_of_the_optimised_model(asker, folder, setting, method):
-    """The caches are cut out of one reading: they must be those that optimize and compress leave."""
+    """Caches are cut out of one reading: they must be those that optimize and compress leave."""
     prompt = sample_of("single", asker.tokenizer, LENGTH, 0)[1]
     (candidate,) = candidates_of((method,))
     caches = [(0.2, candidate), (0.5, candidate)]

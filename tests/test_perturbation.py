@@ -191,6 +191,9 @@ def test_variants_select_as_they_say(seen):
     plain = dataclasses.replace(config, epsilon=2.0 / N)
     assert torch.equal(relative, one.kept(plain, entries))
     assert (variants.with_sink(one, config, entries)[..., :4] == torch.arange(4)).all()
+    # Of 36 entries 16 are the window: half of the other 20 are chosen by attention alone.
+    apart = variants.window_apart(one, config, 36)
+    assert torch.equal(apart, one.kept(dataclasses.replace(config, first_stage_ratio=26 / 36), 36))
     ratios = {one.name: [0.0, 1.0]}
     by_head = variants.per_head_ratio(ratios)(one, config, entries)
     for head, ratio in enumerate(ratios[one.name]):

@@ -45,9 +45,7 @@ def uncut_layers(cache: EvictedCache, keep: Mapping[int, Tensor]) -> list[int]:
     return [i for i, layer in layers if isinstance(layer, EvictedLayer) and i not in keep]
 
 
-def cut(
-    full: EvictedCache, keep: Mapping[int, Tensor], seen: int, room: int = 1
-) -> EvictedCache:
+def cut(full: EvictedCache, keep: Mapping[int, Tensor], seen: int, room: int = 1) -> EvictedCache:
     """A cache that has seen ``seen`` tokens and holds the positions ``keep`` of each layer.
 
     Args:

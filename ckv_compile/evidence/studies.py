@@ -30,6 +30,7 @@ from .variants import (
     ratio_label,
     relative_epsilon,
     variant,
+    window_apart,
     with_sink,
 )
 
@@ -180,15 +181,20 @@ def stages(bench: Bench) -> Iterator[Line]:
         yield {"calibration": TUNING[0], "budget": budget, "heads": counts, "seconds": seconds}
 
     def per_head(seen: Seen, config: Any, budget: int) -> Tensor:
-        share = config.budget.spec
+        # A smaller budget than any on the tuning text takes the choice for the smallest.
+        share = max(config.budget.spec, min(chosen))
         return per_head_ratio(chosen[share])(seen, config, budget)
 
-    methods = [*ratios, variant("alpha by head", per_head), *windows]
+    apart = [
+        variant("window apart", window_apart),
+        variant("window apart, eps 0", window_apart, epsilon=0.0),
+    ]
+    methods = [*ratios, variant("alpha by head", per_head), *apart, *windows]
     snap = {one: methods[RATIOS.index(1.0)] for one in methods}
     for i, one in enumerate(windows):
         snap[one] = windows[i - i % 2]
     for name in HELD_OUT:
-        report = bench.measure(name, methods, LATER, (0.1, 0.2, 0.4))
+        report = bench.measure(name, methods, LATER, (0.05, 0.1, 0.2, 0.4))
         yield from _shares(report, snap, {"part": "held-out", "text": name, "later": LATER})
 
 

@@ -24,7 +24,8 @@ _ADJECTIVES = (
 _NOUNS = (
     "anchor basket beacon bridge candle canyon castle cellar clock desert dragon engine falcon "
     "feather forest garden glacier hammer harbor island jungle kettle ladder lantern library "
-    "market meadow mirror monkey mountain needle ocean orchard palace pencil piano planet river rocket "
+    "market meadow mirror monkey mountain needle ocean orchard palace pencil piano planet river "
+    "rocket "
     "saddle sailor shadow spider station summer temple ticket tunnel valley violin window winter"
 )
 _NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."

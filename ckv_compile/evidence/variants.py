@@ -34,6 +34,17 @@ def relative_epsilon(times: float) -> Keeps:
     return keeps
 
 
+def window_apart(seen: Seen, config: EvictionConfig, budget: int) -> Tensor:
+    """Alpha is a share of what is kept beside the window, not of the budget with it.
+
+    The paper's code gives stage 1 ``max(floor(alpha * b) - w, 0)`` entries beside the window, which
+    is none for ``b <= 2 * w``: attention alone then chooses nothing, and sigma may stay below 0.5.
+    """
+    window = min(config.window_size, budget)
+    ratio = (window + config.first_stage_ratio * (budget - window)) / budget
+    return seen.kept(dataclasses.replace(config, first_stage_ratio=min(ratio, 1.0)), budget)
+
+
 def with_sink(seen: Seen, config: EvictionConfig, budget: int) -> Tensor:
     """The method's scores, but the first four tokens are always kept."""
     base, norm = _scores(seen, config)
@@ -143,4 +154,5 @@ VARIANTS: dict[str, Keeps] = {
     "per-query-head": per_query_head,
     "largest-of-group": largest_of_group,
     "sink-kept": with_sink,
+    "window-apart": window_apart,
 }
