@@ -59,7 +59,7 @@ def test_both_ways_answer_as_the_optimised_model(folder):
 def test_a_typo_costs_no_model(folder):
     from ckv_compile.evidence.harness import OptimizedLM
 
-    with pytest.raises(ValueError, match="budget=2.0 is not a share"):
+    with pytest.raises(ValueError, match=r"budget=2\.0 is not a share"):
         OptimizedLM("/no/such/folder", budget=2.0)
 
 

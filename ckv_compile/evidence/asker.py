@@ -70,15 +70,13 @@ class Asker:
             rows = list(group)
             keep = {i: torch.cat([kept[_name(one)][i] for one in rows]) for i in kept[_FULL]}
             held, last = next(iter(keep.values())).shape[2], logits.expand(len(rows), -1)
-
-            def start(keep: Kept = keep, last: Tensor = last) -> tuple[Any, Tensor]:
-                cache = cut(full, keep, ids.shape[1], room)
-                if regular:
-                    return cache, last
-                return cache, self._logits(cache, question.expand(len(last), -1), 1)[:, -1]
-
-            losses = self._losses(*start(), right)
-            texts = self._generate(*start(), max_new_tokens)
+            cache = cut(full, keep, ids.shape[1], room)
+            if not regular:
+                last = self._logits(cache, question.expand(len(rows), -1), 1)[:, -1]
+            texts, fed = self._generate(cache, last, max_new_tokens)
+            if fed:
+                cache.crop(-fed)  # the answer must not be there for the right one
+            losses = self._losses(cache, last, right)
             for one, text, loss in zip(rows, texts, losses, strict=True):
                 yield Reply(one, text, loss, held)
 
@@ -129,8 +127,8 @@ class Asker:
         each = every.float().log_softmax(-1).gather(2, right[..., None])
         return (-each[..., 0].mean(1)).tolist()
 
-    def _generate(self, cache: Any, logits: Tensor, most: int) -> list[str]:
-        """One greedy answer for each row, up to an end-of-text token."""
+    def _generate(self, cache: Any, logits: Tensor, most: int) -> tuple[list[str], int]:
+        """One greedy answer for each row, up to an end-of-text token; tokens now in the cache."""
         ends = self.model.generation_config.eos_token_id
         ends = torch.tensor([] if ends is None else ends).reshape(-1)
         tokens = [logits.argmax(-1)]
@@ -143,7 +141,7 @@ class Asker:
             stop = torch.isin(row, ends).nonzero()
             answer = row[: int(stop[0])] if len(stop) else row
             texts.append(self.tokenizer.decode(answer, skip_special_tokens=True).strip())
-        return texts
+        return texts, len(tokens) - 1
 
 
 _FULL = "full"
