@@ -25,6 +25,7 @@ __all__ = [
     "compress",
     "explain",
     "optimize",
+    "perturbation",
     "register_method",
     "restore",
 ]
@@ -36,4 +37,9 @@ def __getattr__(name: str) -> Any:
         from .cache import EvictedCache
 
         return EvictedCache
+    # A tool beside the library, which loads transformers as well.
+    if name == "perturbation":
+        from .evidence.perturbation import perturbation
+
+        return perturbation
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,62 @@
+"""What is compared: a method, its options, and the name that it goes by."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from ..config import EvictionConfig
+from .probe import Seen
+
+Spec = float | int | str
+# Positions kept of an attention with these options, [B, Hkv, budget].
+Keeps = Callable[[Seen, EvictionConfig, int], Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """A method under a label. ``keeps`` is for selections that are no option of the library."""
+
+    label: str
+    config: EvictionConfig
+    keeps: Keeps = Seen.kept
+
+    def at(self, budget: Spec) -> EvictionConfig:
+        return dataclasses.replace(self.config, budget=budget)
+
+    @property
+    def options(self) -> str:
+        """All that decides what is kept, but for the budget."""
+        skipped = ("budget", "lowering", "mode", "later_turns", "rewrite_gqa")
+        fields = [f.name for f in dataclasses.fields(self.config) if f.name not in skipped]
+        parts = [f"{name}={getattr(self.config, name)}" for name in fields]
+        return ", ".join(parts)
+
+
+Methods = Sequence[str] | Sequence[Candidate] | Mapping[str, Mapping[str, Any]]
+
+
+def candidates_of(methods: Methods, **options: Any) -> tuple[Candidate, ...]:
+    """Names, or labels with options, as candidates; ``options`` are for all of them.
+
+    Raises:
+        TypeError, ValueError: naming the option and what it takes.
+    """
+    if isinstance(methods, str):
+        raise TypeError(f"methods={methods!r} is a str; it takes a sequence of names")
+    found: list[Candidate] = []
+    for one in methods:
+        if isinstance(one, Candidate):
+            found.append(one)
+            continue
+        given = methods[one] if isinstance(methods, Mapping) else {"method": one}
+        config = EvictionConfig.from_options({**options, **given, "lowering": "eager"})
+        found.append(Candidate(one, config))
+    if not found:
+        raise ValueError("methods is empty; it takes at least one name")
+    if len({one.label for one in found}) < len(found):
+        raise ValueError(f"methods={[one.label for one in found]} names one twice")
+    return tuple(found)

@@ -1,0 +1,437 @@
+"""How far eviction moves each head's output, and how close the bound comes (arXiv 2502.03805)."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..kernels.adapters import with_adapters
+from ..kernels.projected_norm import projected_norm
+from .caches import cut, fresh_cache, layers_of, uncut_layers
+from .candidates import Candidate, Methods, Spec, candidates_of
+from .probe import Seen, Watcher
+
+BUDGETS = (0.025, 0.05, 0.1, 0.2, 0.4)
+METHODS = ("snapkv", "criticalkv")
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerRow:
+    """One attention, one method, one budget; means over the queries and sequences, by query head.
+
+    ``perturbation`` is ``||o - o_N||_1`` of a head's output seen through its slice of ``W_O``,
+    ``theta`` its bound, ``sigma_first`` the attention on what stage 1 and the window hold,
+    ``sigma`` that on all that is kept. ``group`` is the perturbation of the heads of a KV head
+    together, and ``layer`` of all heads together, which is what the next layer sees. ``output`` is
+    ``||o||_1`` of all heads together, to compare with.
+    """
+
+    site: str
+    method: str
+    budget: Spec
+    kept: int
+    perturbation: tuple[float, ...]
+    theta: tuple[float, ...]
+    sigma_first: tuple[float, ...]
+    sigma: tuple[float, ...]
+    group: tuple[float, ...]
+    layer: float
+    output: float
+
+    @property
+    def tightness(self) -> tuple[float, ...]:
+        """``L / theta``, by query head; 1 where the bound is reached, 0 where nothing is lost."""
+        pairs = zip(self.perturbation, self.theta, strict=True)
+        return tuple(low / high if high > 0 else 0.0 for low, high in pairs)
+
+
+@dataclasses.dataclass(frozen=True)
+class HiddenRow:
+    """By how much the hidden states behind each layer differ from those over the full cache.
+
+    ``distance``: relative L2 of the last queries' states, the embeddings' first.
+    """
+
+    method: str
+    budget: Spec
+    distance: tuple[float, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class PerturbationReport:
+    """What each method does at each budget; ``print`` it, ``save`` it.
+
+    ``kept`` holds, for each site, method and budget, the positions kept of the first sequence,
+    ``[Hkv, b]``. ``note`` says why there are no hidden states, if there are none.
+    """
+
+    methods: tuple[str, ...]
+    budgets: tuple[Spec, ...]
+    tokens: int
+    queries: int
+    later: int
+    rows: tuple[LayerRow, ...]
+    hidden: tuple[HiddenRow, ...] = ()
+    note: str = ""
+    texts: tuple[str, ...] = ()
+    kept: dict[tuple[str, str, Spec], Tensor] = dataclasses.field(default_factory=dict, repr=False)
+
+    def of(self, method: str, budget: Spec) -> list[LayerRow]:
+        """The rows of one method and budget, layer by layer."""
+        return [row for row in self.rows if row.method == method and row.budget == budget]
+
+    def share_better(
+        self, method: str, than: str, budget: Spec, what: str = "perturbation"
+    ) -> tuple[int, int]:
+        """How many heads ``method`` moves strictly less than ``than``, and of how many.
+
+        Args:
+            what: "perturbation" or "theta", by query head; or "group", by KV head.
+        """
+        pairs = [
+            pair
+            for mine, other in zip(self.of(method, budget), self.of(than, budget), strict=True)
+            for pair in zip(getattr(mine, what), getattr(other, what), strict=True)
+        ]
+        return sum(low < high for low, high in pairs), len(pairs)
+
+    def summary(self) -> list[dict[str, Any]]:
+        """One row for each method and budget, as plain data; means over heads or layers."""
+        first = self.methods[0]
+        found = []
+        for budget in self.budgets:
+            for method in self.methods:
+                rows = self.of(method, budget)
+                better, heads = self.share_better(method, first, budget)
+                hidden = [h for h in self.hidden if (h.method, h.budget) == (method, budget)]
+                found.append({
+                    "budget": budget,
+                    "method": method,
+                    "kept": rows[0].kept,
+                    "perturbation": _mean(rows, "perturbation"),
+                    "theta": _mean(rows, "theta"),
+                    "tightness": _mean(rows, "tightness"),
+                    "sigma_first": _mean(rows, "sigma_first"),
+                    "sigma": _mean(rows, "sigma"),
+                    "layer": sum(row.layer for row in rows) / len(rows),
+                    f"better_than_{first}": None if method == first else better / heads,
+                    "hidden": hidden[0].distance[-1] if hidden else None,
+                })  # fmt: skip
+        return found
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, fit for ``json.dumps``; without the positions kept."""
+        data = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        del data["kept"], data["texts"]
+        data["rows"] = [dataclasses.asdict(row) for row in self.rows]
+        data["hidden"] = [dataclasses.asdict(row) for row in self.hidden]
+        return data | {"summary": self.summary()}
+
+    def save(self, path: str | Path) -> Path:
+        """Write ``.html`` (one file with pictures), ``.json`` or a picture, ``.png``.
+
+        Raises:
+            ValueError: for another ending.
+            ModuleNotFoundError: for a picture without matplotlib.
+        """
+        from .html import save_perturbation
+
+        return save_perturbation(self, Path(path))
+
+    def __str__(self) -> str:
+        from .text import perturbation_table
+
+        return perturbation_table(self)
+
+
+def _mean(rows: Sequence[LayerRow], name: str) -> float:
+    values = [value for row in rows for value in getattr(row, name)]
+    return sum(values) / len(values)
+
+
+@torch.no_grad()
+def perturbation(
+    model: nn.Module,
+    input_ids: Tensor,
+    budgets: Sequence[Spec] = BUDGETS,
+    methods: Methods = METHODS,
+    *,
+    queries: int | None = None,
+    later: int = 0,
+    hidden: bool = True,
+    progress: bool = False,
+    watcher: Watcher | None = None,
+    on_layer: Callable[[list[LayerRow]], None] | None = None,
+    **options: Any,
+) -> PerturbationReport:
+    """Read a text once, uncompiled, and measure what each method's cut does to every head.
+
+    Only one layer's attention is held at a time, one KV head of it, beside the model's own cache.
+
+    Args:
+        model: in eval mode; it stays as it is.
+        input_ids: ``[B, n]`` without padding.
+        budgets: as :func:`ckv_compile.optimize` takes them.
+        methods: names; or labels with options, ``{"no epsilon": {"epsilon": 0.0}}``. The first one
+            is what the others are compared with.
+        queries: measure on the last so many; by default ``window_size``, those that the methods
+            score by.
+        later: if given, the last so many tokens are no part of the prompt that is cut, and their
+            queries, which no method has seen, are those measured.
+        hidden: whether to run the last queries over each cut cache as well.
+        progress: whether to show a bar.
+        watcher: of the model, to trace it once for many texts.
+        on_layer: is called with a layer's rows as soon as they are there.
+        **options: the other fields of :class:`ckv_compile.EvictionConfig`, for all methods.
+
+    Raises:
+        TypeError, ValueError: naming the argument and what it takes; or if no attention is matched.
+    """
+    chosen = candidates_of(methods, **options)
+    wanted = _Wanted(chosen, tuple(budgets), *_lengths(input_ids, chosen, queries, later))
+    watcher = watcher or Watcher(model)
+    cache = _cache_of(model)
+    rows: list[LayerRow] = []
+    kept: dict[tuple[str, str, Spec], Tensor] = {}
+    addresses: dict[str, int] = {}
+
+    def visit(seen: Seen) -> None:
+        found, keep = _measured(seen, wanted)
+        rows.extend(found)
+        kept.update(keep)
+        addresses[seen.name] = seen.cached[0].data_ptr()
+        advance(seen.name)
+        if on_layer is not None:
+            on_layer(found)
+
+    inputs: dict[str, Any] = {"input_ids": input_ids}
+    if cache is not None:
+        inputs |= {"past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
+    with _bar(watcher, progress) as advance:
+        watcher(visit, **inputs)
+    if not rows:
+        why = "; ".join(sorted({f"{r.reason.name}: {r.detail}" for r in watcher.rejections}))
+        raise ValueError(f"no attention of the model was matched: {why or 'it has none'}")
+    layers = {} if cache is None else layers_of(cache, addresses)
+    distances, note = _hidden(model, input_ids, cache, layers, kept, wanted, hidden)
+    labels = tuple(one.label for one in chosen)
+    first = {name: keep[0] for name, keep in kept.items()}
+    return PerturbationReport(
+        labels, wanted.budgets, wanted.length, wanted.queries, later, tuple(rows), distances, note,
+        kept=first,
+    )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class _Wanted:
+    """What to measure: the prompt is the first ``length`` tokens."""
+
+    candidates: tuple[Candidate, ...]
+    budgets: tuple[Spec, ...]
+    length: int
+    queries: int
+
+
+def _lengths(
+    input_ids: Tensor, chosen: Sequence[Candidate], queries: int | None, later: int
+) -> tuple[int, int]:
+    """Tokens of the prompt, and queries to measure."""
+    if not isinstance(input_ids, Tensor) or input_ids.dim() != 2:
+        raise TypeError("input_ids takes a tensor of token ids, [B, n]")
+    windows = [one.config.window_size for one in chosen]
+    if isinstance(later, bool) or not isinstance(later, int) or later < 0:
+        raise ValueError(f"later={later!r}; it takes a number of tokens >= 0")
+    if queries is None:
+        queries = later or max(windows)
+    most = later or input_ids.shape[1]
+    if isinstance(queries, bool) or not isinstance(queries, int) or not 1 <= queries <= most:
+        raise ValueError(f"queries={queries!r}; it takes 1 to {most} of the last queries")
+    length = input_ids.shape[1] - later
+    if length <= max(windows):
+        raise ValueError(
+            f"input_ids has {length} tokens to cut; it takes more than window_size={max(windows)}"
+        )
+    return length, queries
+
+
+def _cache_of(model: Any) -> Any:
+    """A cache whose layers can be told apart; None for a model of another kind."""
+    try:
+        return fresh_cache(model)
+    except ValueError:
+        return None
+
+
+def _measured(
+    seen: Seen, wanted: _Wanted
+) -> tuple[list[LayerRow], dict[tuple[str, str, Spec], Tensor]]:
+    """The rows of one site, and what each method keeps, ``[B, Hkv, b]``."""
+    prompt, length = seen.prompt(wanted.length), seen.kv_len
+    tail = torch.arange(wanted.length, length)
+    whole = _Attention(seen, wanted.queries)
+    rows, kept = [], {}
+    for budget in wanted.budgets:
+        for one in wanted.candidates:
+            config = one.at(budget)
+            entries = config.entries(wanted.length)
+            keep = one.keeps(prompt, config, entries)
+            first = prompt.first_stage(config, entries)
+            sums = whole.kept(_with(keep, tail), _with(first, tail))
+            rows.append(LayerRow(seen.name, one.label, budget, keep.shape[2], **sums))
+            kept[seen.name, one.label, budget] = keep
+    return rows, kept
+
+
+def _with(keep: Tensor, tail: Tensor) -> Tensor:
+    return torch.cat([keep, tail.expand(*keep.shape[:2], -1)], dim=2)
+
+
+class _Attention:
+    """The attention of the last queries of one site, KV head by KV head."""
+
+    def __init__(self, seen: Seen, queries: int) -> None:
+        inputs = seen.inputs
+        self.seen, self.queries = seen, queries
+        self.batch, self.kv_heads = inputs.key.shape[:2]
+        self.heads = inputs.query.shape[1]
+        self.groups = self.heads // self.kv_heads
+        weight = with_adapters(inputs.o_proj_weight, inputs.in_out, inputs.adapters)
+        rows = weight.float() if inputs.in_out else weight.float().t()
+        self.weight = rows.reshape(self.heads, -1, rows.shape[1])  # [H, Dv, E]
+        self.parts = [[self._part(b, g) for g in range(self.kv_heads)] for b in range(self.batch)]
+
+    def _part(self, b: int, g: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Attention ``[G, q, K]``, a sink's ``[G, q, 1]``, values ``[K, Dv]``, norms and C."""
+        inputs, heads = self.seen.inputs, slice(g * self.groups, (g + 1) * self.groups)
+        attention, sink = _softmax(inputs, b, g, heads, self.queries)
+        value = inputs.value[b, g].float()
+        norms = torch.stack([
+            projected_norm(value[None, None], self.weight[h], True, 1, "l1")[0, 0]
+            for h in range(heads.start, heads.stop)
+        ])  # fmt: skip
+        return attention, sink, value, norms, (attention @ norms[..., None])[..., 0]
+
+    def kept(self, keep: Tensor, first: Tensor) -> dict[str, Any]:
+        """The numbers of a row, for the kept positions ``[B, Hkv or 1, b]``."""
+        names = ("perturbation", "theta", "sigma_first", "sigma")
+        by_head = {name: torch.zeros(self.heads) for name in names}
+        group = torch.zeros(self.kv_heads)
+        layer = output = 0.0
+        for b in range(self.batch):
+            moved = whole = torch.zeros(self.queries, self.weight.shape[2])
+            for g in range(self.kv_heads):
+                index, stage = (x[b, g % x.shape[1]] for x in (keep, first))
+                attention, sink, value, norms, total = self.parts[b][g]
+                at = slice(g * self.groups, (g + 1) * self.groups)
+                held = attention[..., index]
+                sigma = held.sum(-1, keepdim=True) + sink  # [G, q, 1]
+                full = attention @ value
+                change = (full - (held @ value[index]) / sigma) @ self.weight[at]  # [G, q, E]
+                terms = (held @ norms[:, index, None])[..., 0]
+                theta = total - (2 - 1 / sigma[..., 0]) * terms
+                stage_1 = attention[..., stage].sum(-1) + sink[..., 0]
+                found = (change.abs().sum(-1), theta, stage_1, sigma[..., 0])
+                for name, numbers in zip(names, found, strict=True):
+                    by_head[name][at] += numbers.mean(-1) / self.batch
+                together = change.sum(0)
+                group[g] += together.abs().sum(-1).mean() / self.batch
+                moved, whole = moved + together, whole + (full @ self.weight[at]).sum(0)
+            layer += float(moved.abs().sum(-1).mean()) / self.batch
+            output += float(whole.abs().sum(-1).mean()) / self.batch
+        lists = {name: tuple(numbers.tolist()) for name, numbers in by_head.items()}
+        return {**lists, "group": tuple(group.tolist()), "layer": layer, "output": output}
+
+
+def _softmax(inputs: Any, b: int, g: int, heads: slice, queries: int) -> tuple[Tensor, Tensor]:
+    """Attention of the last queries ``[G, q, K]``, and what a sink takes of it ``[G, q, 1]``."""
+    query, key = inputs.query[b, heads, -queries:].float(), inputs.key[b, g].float()
+    scale = query.shape[-1] ** -0.5 if inputs.scale is None else inputs.scale
+    logits = query @ key.t() * scale
+    if inputs.softcap is not None:
+        logits = (logits / inputs.softcap).tanh() * inputs.softcap
+    kv_len = key.shape[0]
+    if inputs.bias is not None:
+        bias = inputs.bias.expand(len(inputs.query), inputs.query.shape[1], kv_len, kv_len)
+        logits = logits + bias[b, heads, -queries:].float()
+    positions = torch.arange(kv_len)
+    logits = logits.masked_fill(positions > positions[-queries:, None], -torch.inf)
+    if inputs.sinks is None:
+        return logits.softmax(-1), logits.new_zeros(*logits.shape[:2], 1)
+    sink = inputs.sinks[heads].float()[:, None, None].expand(-1, queries, 1)
+    # A sink is one more entry, which is always kept and whose value is zero.
+    attention = torch.cat([logits, sink], dim=-1).softmax(-1)
+    return attention[..., :-1], attention[..., -1:]
+
+
+def _hidden(
+    model: Any,
+    input_ids: Tensor,
+    cache: Any,
+    layers: Mapping[str, int],
+    kept: Mapping[tuple[str, str, Spec], Tensor],
+    wanted: _Wanted,
+    asked: bool,
+) -> tuple[tuple[HiddenRow, ...], str]:
+    """The last queries' hidden states over each cut cache, against those over the full one."""
+    if not asked:
+        return (), "hidden states were not asked for"
+    if cache is None or input_ids.shape[0] > 1:
+        return (), "hidden states take a transformers model and a batch of one"
+    if uncut_layers(cache, dict.fromkeys(layers.values(), input_ids)):
+        return (), "hidden states take a model of which every full-attention layer is cut"
+    if len(layers) < len(cache.layers):
+        return (), "hidden states take a model without sliding-window layers"
+    length = input_ids.shape[1] - wanted.queries
+    tail = input_ids[:, length:]
+    everything = torch.arange(length).expand(1, next(iter(kept.values())).shape[1], -1)
+    states = _states(model, cut(cache, dict.fromkeys(layers.values(), everything), length), tail)
+    rows = []
+    for budget in wanted.budgets:
+        for one in wanted.candidates:
+            keep, ragged = {}, False
+            for site, i in layers.items():
+                positions = kept[site, one.label, budget]
+                # Those of the last queries themselves come in again.
+                before = positions < length
+                counts = before.sum(-1)
+                ragged |= bool((counts != counts.flatten()[0]).any())
+                keep[i] = positions[..., : int(counts.min())]
+            if ragged:
+                return (), f"hidden states take queries <= window_size, not {wanted.queries}"
+            others = _states(model, cut(cache, keep, length), tail)
+            pairs = zip(others, states, strict=True)
+            distance = tuple(float((a - b).norm() / b.norm()) for a, b in pairs)
+            rows.append(HiddenRow(one.label, budget, distance))
+    return tuple(rows), ""
+
+
+def _states(model: Any, cache: Any, tail: Tensor) -> list[Tensor]:
+    """Hidden states of the ``tail`` tokens behind ``cache``, embeddings first, float32."""
+    done = model._call_impl(
+        input_ids=tail, past_key_values=cache, use_cache=True, output_hidden_states=True
+    )
+    return [state.float() for state in done.hidden_states]
+
+
+@contextlib.contextmanager
+def _bar(watcher: Watcher, shown: bool) -> Iterator[Callable[[str], None]]:
+    """A function to call after each layer, with its name."""
+    if not shown:
+        yield lambda name: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("tracing", total=None)
+
+        def advance(name: str) -> None:
+            progress.update(task, description=name, total=len(watcher.sites), advance=1)
+
+        yield advance

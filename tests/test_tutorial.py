@@ -1,0 +1,64 @@
+"""Every command of the tutorial, run as it stands there, on a tiny random model."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from families import prompt, tiny
+from wordy import save_model
+
+import ckv_compile
+from ckv_compile.cli import main
+
+TUTORIAL = Path(__file__).parents[1] / "docs" / "tutorial.md"
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", TUTORIAL.read_text(), re.DOTALL)
+
+
+def commands() -> list[list[str]]:
+    lines = [line for block in blocks("sh") for line in block.splitlines()]
+    return [shlex.split(line) for line in lines]
+
+
+def test_there_is_nothing_but_commands_that_are_run():
+    """Prevents a command of another kind from standing there unrun."""
+    kinds = {" ".join(words[:3]) for words in commands()}
+    assert kinds == {"python -m ckv_compile", "pip install -e", "pip install --no-deps"}
+    assert [words[3] for words in commands()[2:]] == ["explain", "bench", "perturb", "eval"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", commands()[2:], ids=lambda words: words[3])
+def test_a_command_does_what_is_said_of_it(words, folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main([*words[3:], "--model", str(folder)]) == 0
+    out = capsys.readouterr().out
+    expected = {
+        "explain": ("2 sites, 2 evicted", None),
+        "bench": ("cache_bytes", "growth.png"),
+        "perturb": ("hidden states", "report.html"),
+        "eval": ("95 % interval", "curves.png"),
+    }
+    told, written = expected[words[3]]
+    assert told in out
+    assert written is None or (tmp_path / written).stat().st_size > 10_000
+
+
+def test_its_python_is_one_line_that_works():
+    (code,) = blocks("python")
+    names = {"model": tiny()}
+    exec(code, names)
+    ids = prompt(100)
+    assert names["model"].generate(ids, max_new_tokens=2).shape == (1, 102)
+    (row, _) = (r for r in ckv_compile.explain(names["model"]).sites if r.phase == "prefill")
+    assert row.budget == 50
