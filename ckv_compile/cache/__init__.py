@@ -9,7 +9,6 @@ from .evicted import (
     EvictedCache,
     adopt,
     announce,
-    bounded_layers_agree,
     cache_for,
     can_cut_again,
     counts_all,
@@ -18,10 +17,8 @@ from .evicted import (
     follows_rows,
     has_fixed_layers,
     in_prompt,
-    is_fixed,
     is_packed,
     most_held,
-    physical_mask,
     row_bytes,
     self_attention_of,
     settle,
@@ -32,6 +29,7 @@ from .evicted import (
 )
 from .files import fingerprint_of
 from .layers import EvictedLayer
+from .masks import bounded_layers_agree, is_fixed, physical_mask
 
 __all__ = [
     "DynamicCache",
