@@ -3,7 +3,8 @@
 from typing import Any
 
 from .api import compress, explain, optimize, restore
-from .config import Budget, EvictionConfig
+from .budget import Budget
+from .config import EvictionConfig
 from .methods.base import ScoreInputs, Scores
 from .registry import register_method
 from .report import Report

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from .backend import log_default_budget
-from .config import Budget, EvictionConfig
+from .budget import Budget
+from .config import EvictionConfig
 from .export import explain_program, optimize_program
 from .report import Report
 from .runtime import OptimizedForward, Region

@@ -7,7 +7,8 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from .config import CacheBytes, EvictionConfig
+from .budget import CacheBytes
+from .config import EvictionConfig
 from .sizes import TAIL, sized, varies
 
 

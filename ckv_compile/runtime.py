@@ -19,7 +19,8 @@ from .backend import (
     counts_by_length,
     log_default_budget,
 )
-from .config import CacheBytes, EvictionConfig
+from .budget import CacheBytes
+from .config import EvictionConfig
 from .inputs import (
     MASKS,
     by_name,

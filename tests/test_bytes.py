@@ -8,7 +8,7 @@ from families import prompt, tiny
 
 import ckv_compile
 from ckv_compile import Budget, EvictedCache, EvictionConfig
-from ckv_compile.config import CacheBytes
+from ckv_compile.budget import CacheBytes
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
-from ckv_compile.config import LOWERINGS, METHODS, NORMS, Budget, EvictionConfig
+from ckv_compile.budget import Budget
+from ckv_compile.config import LOWERINGS, METHODS, NORMS, EvictionConfig
 
 SETTINGS = settings(deadline=None, max_examples=200)
 # Examples of sympy cost milliseconds each.

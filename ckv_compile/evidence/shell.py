@@ -9,7 +9,7 @@ from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any, NoReturn
 
-from ..config import Budget
+from ..budget import Budget
 from .candidates import Candidate, Spec, candidates_of
 from .variants import VARIANTS, variant
 

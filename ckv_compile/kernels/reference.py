@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..config import exact_share
+from ..budget import exact_share
 
 
 def window_attention(

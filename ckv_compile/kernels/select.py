@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import exact_share
+from ..budget import exact_share
 from .window_attention import window_of
 
 

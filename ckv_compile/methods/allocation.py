@@ -13,7 +13,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from ..config import exact_share
+from ..budget import exact_share
 from ..kernels.select import sort_keys
 
 # PyramidKV's ratio of the mean to the last layer's budget; HeadKV's share of the common pool.

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import CacheBytes, EvictionConfig
+from ..budget import CacheBytes
+from ..config import EvictionConfig
 from ..kernels.adapters import Adapters
 from ..kernels.compact import compact
 from ..kernels.select import select

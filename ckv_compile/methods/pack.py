@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..config import EvictionConfig, exact_share
+from ..budget import exact_share
+from ..config import EvictionConfig
 from ..kernels.select import sort_keys
 from ..sizes import TAIL, number_of
 from .allocation import ALLOCATIONS, Shares, best
