@@ -218,6 +218,19 @@ def test_per_query_head_is_the_mean_of_products(seen):
     assert torch.equal(variants.per_query_head(seen[0], config, 36), expected)
 
 
+def test_norm_first_pools_the_product(seen):
+    config = EvictionConfig(budget=0.3, window_size=WINDOW, first_stage_ratio=0.0)
+    inputs, prefix = seen[0].inputs, N - WINDOW
+    attention = reference.window_attention(inputs.query, inputs.key, None, WINDOW, 1)
+    norm = reference.projected_norm(inputs.value, inputs.o_proj_weight, False, 4, "l1")
+    products = ((attention + config.epsilon) * norm)[0, 0, :prefix].tolist()
+    pooled = torch.zeros(1, 1, N)
+    for i in range(prefix):
+        pooled[0, 0, i] = max(products[max(i - 3, 0) : min(i + 4, prefix)])
+    expected = reference.select(pooled, None, 36, WINDOW, 0.5, 0.0)
+    assert torch.equal(variants.norm_first(seen[0], config, 36)[:, :1], expected)
+
+
 def test_the_page_holds_every_entry_and_needs_no_other_file(report, tmp_path):
     path = report.save(tmp_path / "new" / "report.html")
     text = path.read_text()
