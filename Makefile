@@ -14,7 +14,7 @@ venv: .venv/.installed  ## make .venv with the package and what its tests need
 
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install -c constraints.txt -e '.[test,eval]'
+	$(BIN)/pip install -c constraints.txt -e '.[test,eval,plot]'
 	touch $@
 
 # Two processes of one thread each: tracing keeps a core busy, and tensors here are tiny. A file

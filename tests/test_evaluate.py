@@ -290,7 +290,8 @@ def test_bench_from_a_shell(folder, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "name", ["norms", *(pytest.param(s, marks=pytest.mark.slow) for s in ("epsilon", "stages"))]
+    "name",
+    ["norms", *(pytest.param(s, marks=pytest.mark.slow) for s in ("epsilon", "stages", "pooling"))],
 )
 def test_studies_write_lines_and_tell_tables(folder, tmp_path, name, capsys, monkeypatch):
     monkeypatch.setattr(studies, "BUDGETS", (0.4,))

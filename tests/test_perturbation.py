@@ -218,24 +218,34 @@ def test_per_query_head_is_the_mean_of_products(seen):
     assert torch.equal(variants.per_query_head(seen[0], config, 36), expected)
 
 
+def test_norm_first_pools_the_product(seen):
+    config = EvictionConfig(budget=0.3, window_size=WINDOW, first_stage_ratio=0.0)
+    inputs, prefix = seen[0].inputs, N - WINDOW
+    attention = reference.window_attention(inputs.query, inputs.key, None, WINDOW, 1)
+    norm = reference.projected_norm(inputs.value, inputs.o_proj_weight, False, 4, "l1")
+    products = ((attention + config.epsilon) * norm)[0, 0, :prefix].tolist()
+    pooled = torch.zeros(1, 1, N)
+    for i in range(prefix):
+        pooled[0, 0, i] = max(products[max(i - 3, 0) : min(i + 4, prefix)])
+    expected = reference.select(pooled, None, 36, WINDOW, 0.5, 0.0)
+    assert torch.equal(variants.norm_first(seen[0], config, 36)[:, :1], expected)
+
+
 def test_the_page_holds_every_entry_and_needs_no_other_file(report, tmp_path):
-    path = report.save(tmp_path / "new" / "report.html")
+    # A token cannot end the page's script.
+    texts = ("</script><b>", *report.texts[1:])
+    path = dataclasses.replace(report, texts=texts).save(tmp_path / "new" / "report.html")
     text = path.read_text()
+    assert text.count("</script>") == 1
     assert not re.search(r"(src|href)=\"(?!data:)", text) and "https://" not in text
     data = json.loads(re.search(r"const data = (\{.*\});", text)[1])
-    assert data["texts"][5] == "<5>" and len(data["heads"]) == 4
+    assert data["texts"][:2] == ["</script><b>", "<1>"] and len(data["heads"]) == 4
     (found,) = (one for one in data["maps"] if one["name"] == "criticalkv at 0.2")
     bits = base64.b64decode(found["bits"])
     for row, (layer, head) in enumerate(data["heads"]):
         held = [i for i in range(N) if bits[(row * N + i) >> 3] >> ((row * N + i) & 7) & 1]
         site = f"model.layers.{layer}.self_attn"
         assert held == report.kept[site, "criticalkv", 0.2][head].tolist()
-
-
-def test_a_token_cannot_end_the_pages_script(report, tmp_path):
-    texts = ("</script><b>", *report.texts[1:])
-    path = dataclasses.replace(report, texts=texts).save(tmp_path / "report.html")
-    assert path.read_text().count("</script>") == 1
 
 
 def test_it_is_saved_as_data_and_as_a_picture(report, tmp_path):

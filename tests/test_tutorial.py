@@ -7,10 +7,10 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
 from families import prompt, tiny
 from wordy import save_model
 
-import ckv_compile
 from ckv_compile.cli import main
 
 TUTORIAL = Path(__file__).parents[1] / "docs" / "tutorial.md"
@@ -58,7 +58,6 @@ def test_its_python_is_one_line_that_works():
     (code,) = blocks("python")
     names = {"model": tiny()}
     exec(code, names)
-    ids = prompt(100)
-    assert names["model"].generate(ids, max_new_tokens=2).shape == (1, 102)
-    (row, _) = (r for r in ckv_compile.explain(names["model"]).sites if r.phase == "prefill")
-    assert row.budget == 50
+    with torch.no_grad():
+        cache = names["model"](prompt(100)).past_key_values
+    assert [layer.keys.shape[2] for layer in cache.layers] == [50, 50]

@@ -25,6 +25,7 @@ from .variants import (
     calibrated,
     centred,
     largest_of_group,
+    norm_first,
     per_head_ratio,
     per_query_head,
     ratio_label,
@@ -198,6 +199,30 @@ def stages(bench: Bench) -> Iterator[Line]:
         yield from _shares(report, snap, {"part": "held-out", "text": name, "later": LATER})
 
 
+def pooling(bench: Bench) -> Iterator[Line]:
+    """Whether to multiply before pooling or after, and to count the window in stage 1 or not."""
+    snap = variant("snapkv", method="snapkv")
+    pairs = {snap: snap}
+    for one in (
+        variant("criticalkv"),
+        variant("norm first", norm_first),
+        variant("norm first, eps 0", norm_first, epsilon=0.0),
+        variant("window apart", window_apart),
+        variant("norm first, window apart, eps 0", _both, epsilon=0.0),
+    ):
+        pairs[one] = snap
+    for part, names in (("tuning", TUNING), ("held-out", HELD_OUT)):
+        for name in names:
+            report = bench.measure(name, list(pairs), LATER, BUDGETS)
+            yield from _shares(report, pairs, {"part": part, "text": name, "later": LATER})
+
+
+def _both(seen: Seen, config: Any, budget: int) -> Tensor:
+    window = min(config.window_size, budget)
+    ratio = (window + config.first_stage_ratio * (budget - window)) / budget
+    return norm_first(seen, dataclasses.replace(config, first_stage_ratio=min(ratio, 1)), budget)
+
+
 def norms(bench: Bench) -> Iterator[Line]:
     """Rank correlation of L1 and L2 norms on real values; what there is to rank at all."""
     for name in (*TUNING, *HELD_OUT):
@@ -243,12 +268,14 @@ def _spearman(a: Tensor, b: Tensor) -> list[float]:
 STUDIES: dict[str, Callable[[Bench], Iterator[Line]]] = {
     "epsilon": epsilon,
     "stages": stages,
+    "pooling": pooling,
     "norms": norms,
 }
 # How often each of them reads a text.
 _READS = {
     "epsilon": 2 * (len(TUNING) + len(HELD_OUT)),
     "stages": 3 + len(HELD_OUT),
+    "pooling": len(TUNING) + len(HELD_OUT),
     "norms": len(TUNING) + len(HELD_OUT),
 }
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..config import EvictionConfig
@@ -43,6 +44,24 @@ def window_apart(seen: Seen, config: EvictionConfig, budget: int) -> Tensor:
     window = min(config.window_size, budget)
     ratio = (window + config.first_stage_ratio * (budget - window)) / budget
     return seen.kept(dataclasses.replace(config, first_stage_ratio=min(ratio, 1.0)), budget)
+
+
+def norm_first(seen: Seen, config: EvictionConfig, budget: int) -> Tensor:
+    """Stage 2 pools attention times norm, where the paper's code multiplies what is pooled.
+
+    Pooling gives a token's attention to its neighbours. Multiplied afterwards, a neighbour with a
+    larger norm goes before the token that was attended to.
+    """
+    alone = dataclasses.replace(config, kernel_size=1)
+    attention, norm = _scores(seen, alone)
+    assert norm is not None
+    products, base = (attention + config.epsilon) * norm, _scores(seen, config)[0]
+    # The window takes no part in pooling, as in the library.
+    products[..., -config.window_size :] = 0
+    width = config.kernel_size
+    pooled = F.max_pool1d(products, width, stride=1, padding=width // 2)
+    # Such that (base + epsilon) * norm is what is pooled.
+    return seen.selected(base, pooled / (base + config.epsilon).clamp(min=1e-30), config, budget)
 
 
 def with_sink(seen: Seen, config: EvictionConfig, budget: int) -> Tensor:
@@ -155,4 +174,5 @@ VARIANTS: dict[str, Keeps] = {
     "largest-of-group": largest_of_group,
     "sink-kept": with_sink,
     "window-apart": window_apart,
+    "norm-first": norm_first,
 }
