@@ -12,6 +12,7 @@ import torch
 from wordy import save_model
 
 import ckv_compile
+from ckv_compile import EvictionConfig
 from ckv_compile.cli import main
 from ckv_compile.evidence import evaluate, pictures, studies
 from ckv_compile.evidence.asker import CONTEXT_ONLY, REGULAR, Asker
@@ -270,6 +271,26 @@ def test_perturb_from_a_shell(folder, tmp_path, capsys):
         run(*argv[:-4], "--tokens", 5000)
     assert stopped.value.code == 2
     assert "--tokens 5000: the text has 480" in capsys.readouterr().err
+
+
+def test_head_scores_from_a_shell(folder, tmp_path, capsys):
+    """What is written is what the option reads, and what the definition says."""
+    text, heads = tmp_path / "text.txt", tmp_path / "heads.json"
+    text.write_text("a word and another one, " * 20)
+    argv = ["headscores", "--model", folder, "--text", text, "--tokens", 200]
+    assert run(*argv, "--json", "--save", heads) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert json.loads(heads.read_text()) == printed
+    config = EvictionConfig(allocation="headkv", head_scores=heads)
+    assert config.head_scores == tuple(map(tuple, printed))
+    model, tokenizer = load(str(folder))
+    model.set_attn_implementation("eager")
+    ids = tokenizer(text.read_text(), return_tensors="pt").input_ids[:, :200]
+    with torch.no_grad():
+        layers = model(input_ids=ids, output_attentions=True).attentions
+    for row, attention in zip(printed, layers, strict=True):
+        far = attention[0, :, -32:, 4:-32].sum(-1).mean(-1)  # [H]
+        assert row == pytest.approx(far.view(len(row), -1).mean(-1).tolist(), rel=1e-3)
 
 
 def test_explain_from_a_shell(folder, capsys):

@@ -13,7 +13,7 @@ import torch
 
 from ..api import explain
 from ..config import EvictionConfig
-from . import evaluate, studies
+from . import evaluate, headscores, studies
 from .asker import Asker
 from .evaluate import SETTINGS, Plan
 from .models import SMOLLM2
@@ -41,6 +41,7 @@ def run(command: str, parser: argparse.ArgumentParser, args: argparse.Namespace)
         "eval": run_eval,
         "study": run_study,
         "bench": run_bench,
+        "headscores": run_headscores,
     }[command](parser, args)
 
 
@@ -95,6 +96,15 @@ def run_perturb(parser: argparse.ArgumentParser, args: argparse.Namespace) -> in
     if args.save is not None:
         with one_line(parser, f"cannot save {args.save}"):
             print(f"wrote {report.save(args.save)}", file=sys.stderr)
+    return 0
+
+
+def run_headscores(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
+    """How far back each head looks."""
+    model, tokenizer = loaded(parser, args.model)
+    ids = _ids(parser, args, tokenizer)
+    with one_line(parser):
+        headscores.show(headscores.head_scores(model, ids), args)
     return 0
 
 
@@ -221,6 +231,14 @@ def add_parsers(commands: Any) -> dict[str, argparse.ArgumentParser]:
     one.add_argument("--over-tasks", action="store_true", help="one row for all tasks together")
     one.add_argument("--markdown", action="store_true", help="print the table as Markdown")
     one.add_argument("--save", type=Path, metavar="PNG", help="budget curves")
+
+    one = add(
+        "headscores",
+        'measure how far back each head looks, for allocation="headkv"',
+        "--text mine.txt --tokens 2048 --save heads.json",
+        tokens=1024,
+    )
+    headscores.add_arguments(one)
 
     one = add("study", "run a study of the method", "epsilon --tokens 1536")
     one.add_argument("name", choices=studies.STUDIES)
