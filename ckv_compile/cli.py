@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,17 @@ def main(argv: list[str] | None = None) -> int:
     0: done; 1: done, and something is wrong with what was looked at; 2: wrong arguments, or a
     model or text that cannot be read; 130: interrupted, and what was written so far is valid.
     """
-    from .evidence import commands as evidence
-    from .evidence import demo
-    from .evidence.shell import Parser
+    try:
+        from .evidence import commands as evidence
+        from .evidence import demo
+        from .evidence.shell import Parser
+    except ModuleNotFoundError as error:
+        if error.name != "rich":
+            raise
+        print(
+            "ckv: error: the commands take rich: pip install 'ckv-compile[eval]'", file=sys.stderr
+        )
+        return 2
 
     parser = Parser(prog="ckv", description="KV-cache eviction inserted by the compiler.")
     commands = parser.add_subparsers(dest="command", required=True)

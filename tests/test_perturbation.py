@@ -50,9 +50,11 @@ def report(model, watcher):
 def by_hand(seen: Seen, head: int, kept: list[int], queries: range) -> tuple[float, float, float]:
     """``L``, ``theta`` and ``sigma`` of one query head, query by query, in float64."""
     inputs = seen.inputs
-    width, group = inputs.query.shape[3], head // 2
+    width = inputs.query.shape[3]
+    group = head * inputs.key.shape[1] // inputs.query.shape[1]
     keys, values = inputs.key[0, group].double(), inputs.value[0, group].double()
-    projected = values @ inputs.o_proj_weight[:, head * width : (head + 1) * width].double().T
+    weight = inputs.o_proj_weight if inputs.in_out else inputs.o_proj_weight.T
+    projected = values @ weight[head * width : (head + 1) * width].double()
     norms = projected.abs().sum(-1)
     sums = torch.zeros(3, dtype=torch.float64)
     for t in queries:
@@ -77,6 +79,32 @@ def test_numbers_are_those_of_the_definitions(report, seen, method, head):
         expected = by_hand(one, head, kept, range(N - WINDOW, N))
         assert found == pytest.approx(expected, rel=1e-4)
         assert row.tightness[head] == pytest.approx(expected[0] / expected[1], rel=1e-4)
+
+
+def test_a_projection_that_is_laid_out_the_other_way():
+    """GPT-2's Conv1D: [in, out], no groups."""
+    model, seen = tiny("gpt2"), []
+    watcher = Watcher(model)
+    watcher(seen.append, input_ids=prompt(N), use_cache=True)
+    found = ckv_compile.perturbation(
+        model, prompt(N), (0.2,), window_size=WINDOW, watcher=watcher, hidden=False
+    )
+    row = found.of("criticalkv", 0.2)[1]
+    kept = found.kept[row.site, "criticalkv", 0.2][3].tolist()
+    expected = by_hand(seen[1], 3, kept, range(N - WINDOW, N))
+    assert (row.perturbation[3], row.theta[3], row.sigma[3]) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["gemma2", "gpt_neox", "falcon", "opt", "cohere", "phi3"])
+def test_the_bound_holds_in_other_families(family):
+    """Soft caps, parallel layers, biases in projections; Gemma's sliding layers are no sites."""
+    found = ckv_compile.perturbation(tiny(family), prompt(N, batch=2), (0.3,), window_size=WINDOW)
+    assert len(found.rows) == (2 if family == "gemma2" else 4)
+    for row in found.rows:
+        pairs = zip(row.perturbation, row.theta, strict=True)
+        assert all(0 < low <= high * 1.001 for low, high in pairs)
+    assert not found.hidden and "batch of one" in found.note
 
 
 def test_queries_that_no_method_has_seen(model, watcher, seen):
