@@ -371,6 +371,12 @@ class OptimizedForward:
         refused = [row for report in new for row in report.rejections]
         if new and not self.report.sites:
             why = "; ".join(sorted({f"{row.reason}: {row.detail}" for row in refused}))
+            if not why and len(new) > 1:
+                why = (
+                    f"the call was traced as {len(new)} graphs, none of which holds an attention: "
+                    "the model's own graph breaks may stand inside of it, TORCH_LOGS=graph_breaks "
+                    "names them"
+                )
             self._warn_once("nothing", f"{NOTHING_MATCHED}" + (f" ({why})" if why else ""))
         elif any(row.reason == "PADDING_MASK" for row in refused):
             self._warn_once(

@@ -273,3 +273,23 @@ def test_a_mask_of_positions_against_slots_is_an_error_behind_a_cut(budget):
         else:
             with pytest.raises(WrongPositionsError, match="compares positions with slots"):
                 model(more, pos, cache)
+
+
+class Split(nn.Module):
+    """Breaks the graph on both sides of its softmax: no graph holds an attention."""
+
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        logits = q @ (k * 2).mT
+        torch._dynamo.graph_break()
+        weights = logits.softmax(-1)
+        torch._dynamo.graph_break()
+        return weights @ v
+
+
+def test_an_attention_in_pieces_is_told_from_none_at_all():
+    """Nothing is rejected where nothing is seen: the user must hear of the breaks all the same."""
+    model = ckv_compile.optimize(Split().eval(), 0.5, lowering="eager")
+    q, k, v = torch.randn(3, 1, 2, 9, 8)
+    with torch.no_grad(), pytest.warns(UserWarning, match=r"traced as \d graphs.* graph breaks"):
+        got = model(q, k, v)
+    torch.testing.assert_close(got, Split()(q, k, v))

@@ -102,6 +102,9 @@ def _check(result: Result, padded: bool) -> None:
     result.sites = sum(row.phase == "prefill" for row in report.sites)
     result.evicted, result.graphs = len(rows), report.graphs
     result.reasons = dict(Counter(row.reason for row in report.rejections))
+    if not result.sites and not report.rejections and result.breaks_theirs:
+        # They stand inside of its attention: no graph holds one that could be named.
+        result.reasons = {"GRAPH_BREAK": result.breaks_theirs}
     kept = _kept(cache, _cache_of(cut))
     checks["sizes"] = len(kept) == result.evicted
     if kept:
