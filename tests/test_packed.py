@@ -45,8 +45,12 @@ def whole(layer) -> list[tuple[Tensor, Tensor]]:
     return found
 
 
-def over(*allocations: str):
+def over(*allocations: object):
     return pytest.mark.parametrize("packed", allocations, indirect=True, scope="module")
+
+
+# Those that look at no scores differ from the others in numbers alone.
+ALL = ["adakv", "global", *(pytest.param(name, marks=pytest.mark.slow) for name in ALLOCATIONS[2:])]
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +65,7 @@ def at(packed, budget: float):
     return ckv_compile.optimize(model, budget, **options_of(allocation))
 
 
-@over(*ALLOCATIONS)
+@over(*ALL)
 @pytest.mark.parametrize("budget", [0.4, 0.7])
 def test_entries_and_tokens_are_the_oracles(packed, budget):
     """Shapes alone prove nothing: entries by head, and the tokens that they lead to."""
@@ -85,7 +89,7 @@ def test_entries_and_tokens_are_the_oracles(packed, budget):
     assert torch.equal(generated(model, ids, 8).sequences[:, 70:], tokens)
 
 
-@over(*ALLOCATIONS)
+@over(*ALL)
 def test_heads_really_differ(packed):
     """A cache that is uniform after all would pass every other test."""
     cache = generated(at(packed, 0.4), prompt(70), 2).past_key_values
