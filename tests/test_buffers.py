@@ -70,13 +70,13 @@ def test_a_step_leaves_the_buffer_where_it_is(half):
     cache = prefilled(half)
     assert cache.nbytes == 2 * 2 * (2 * 2 * 45 * 16) * 4  # right after the cut: not a byte more
     addresses = set()
-    for _ in range(_BLOCK - 45):
+    for _ in range(_BLOCK - 1 - 45):  # the last slot stays free
         step(half, cache)
         addresses.add(cache.layers[0]._keys.data_ptr())
-    assert len(addresses) == 1 and cache.layers[0].held == _BLOCK
+    assert len(addresses) == 1 and cache.layers[0].held == _BLOCK - 1
     before = cache.layers[0].keys.clone()
     step(half, cache)
-    assert torch.equal(cache.layers[0].keys[:, :, :_BLOCK], before)
+    assert torch.equal(cache.layers[0].keys[:, :, : _BLOCK - 1], before)
     assert cache.layers[0]._keys.shape[2] == 2 * _BLOCK
 
 
@@ -192,3 +192,12 @@ def test_a_padded_cache_goes_on_without_a_mask(half):
 def test_max_new_tokens_takes_a_positive_int(room):
     with pytest.raises(ValueError, match="max_new_tokens"):
         EvictedCache(max_new_tokens=room)
+
+
+def test_a_full_buffer_compiles_nothing():
+    """The 128th token of a batch of one cost a third graph: the part in use became contiguous."""
+    model = ckv_compile.optimize(tiny(), 1.0, lowering="aot_eager")
+    cache = EvictedCache()
+    generated(model, prompt(_BLOCK - 8), 20, cache)
+    assert cache.get_seq_length() == _BLOCK + 11
+    assert ckv_compile.explain(model).graphs == 2

@@ -187,7 +187,9 @@ class EvictedLayer(DynamicLayer):
         """Make room for ``q_len`` more tokens: inside a graph that would copy at every step."""
         if self._keys is None:
             return
-        needed = self.held + q_len
+        # One slot more: the part in use of a full buffer is contiguous, and a graph that was traced
+        # where it was not would be compiled anew.
+        needed = self.held + q_len + 1
         if self.count is None or needed > self._keys.shape[-2]:
             self._grow(-(-needed // _BLOCK) * _BLOCK)
 
