@@ -12,10 +12,9 @@ import torch
 from torch.fx import GraphModule
 
 from .config import EvictionConfig
-from .methods.pack import PackKV
 from .passes import vocabulary as vocab
 from .passes.axes import chain_above
-from .passes.insert import Inserted, row_bytes
+from .passes.insert import row_bytes
 from .passes.match import dotted, example_inputs_require_grad
 from .passes.pipeline import Rewritten, rewrite
 from .report import Report, Traced, report_of
@@ -170,7 +169,8 @@ def report_of_graph(
         eviction = evictions.get(site.index)
         kept, budget_from = site.kv_len, ""
         if eviction is not None:
-            kept, budget_from = _kept(eviction)
+            kept = eviction.entries
+            budget_from = "config" if eviction.module.from_config else "input"
         return Traced(
             batch_size=_size(site.batch_size),
             kv_len=_size(site.kv_len),
@@ -183,15 +183,6 @@ def report_of_graph(
         )
 
     return report_of(rewritten.sites, rewritten.rejections, config, describe)
-
-
-def _kept(eviction: Inserted) -> tuple[Any, str]:
-    """Entries per head, on average where heads differ, and where that number comes from."""
-    if isinstance(eviction.module, PackKV):
-        # The capacity's size is the budget; shared out, the total is the same.
-        return vocab.value_of(eviction.node.args[4]).shape[0], "input"
-    kept = vocab.value_of(eviction.node)[0].shape[2]
-    return kept, "config" if eviction.module.from_config else "input"
 
 
 def _cache_of(site: AttentionSite) -> str:

@@ -56,7 +56,7 @@ class Budget:
         if isinstance(spec, bool) or not isinstance(spec, (float, int, str)):
             raise TypeError(f"budget={spec!r} is a {type(spec).__name__}; it takes {_BUDGET_TAKES}")
         if isinstance(spec, str):
-            spec = _number(spec)
+            spec = number_in(spec)
             object.__setattr__(self, "spec", spec)
         if isinstance(spec, float) and not 0 < spec <= 1:  # NaN fails this as well
             raise ValueError(f"budget={spec!r} is not a share in (0, 1]; it takes {_BUDGET_TAKES}")
@@ -140,7 +140,7 @@ def exact_share(share: float) -> Fraction:
     return Fraction(str(share)).limit_denominator(10**6)
 
 
-def _number(text: str) -> float | int | str:
+def number_in(text: str) -> float | int | str:
     """``"0.1"`` and ``"128"`` as numbers; anything else unchanged."""
     for kind in (int, float):
         try:

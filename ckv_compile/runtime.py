@@ -176,9 +176,11 @@ class OptimizedForward:
                 )
             room.watch(cache)
         # An encoder's entries are cut at the first call, be it of one token.
-        least = 1 if fresh and self.config.cross_attention else 2
-        again = self._cuts_again(cache) if q_len > 1 else self._is_full(cache, q_len)
-        cutting = (q_len >= least and fresh) or (not fresh and again)
+        least = 1 if self.config.cross_attention else 2
+        if fresh:
+            cutting = q_len >= least
+        else:
+            cutting = self._cuts_again(cache) if q_len > 1 else self._is_full(cache, q_len)
         cutting = cutting and room.counts_all(cache)
         if not fresh and q_len > 1 and room.is_packed(cache) and self._would_cut_again(cache):
             self._warn_once(

@@ -265,9 +265,9 @@ def finish_prompt(cache: Any) -> None:
 
 def can_cut_again(cache: Any) -> bool:
     """Whether all layers were cut alike: only then one budget and one mask serve them all."""
-    layers = [layer for layer in evicted_layers(cache) if layer.is_initialized]
-    if any(layer.packed is not None for layer in layers):
+    if is_packed(cache):
         return False
+    layers = [layer for layer in evicted_layers(cache) if layer.is_initialized]
     alike = {(layer.held, layer.evicted) for layer in layers}
     return len(alike) == 1 and all(layer.gap is not None for layer in layers)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any, NoReturn
 
-from ..budget import Budget
+from ..budget import Budget, number_in
 from .candidates import Candidate, Spec, candidates_of
 from .variants import VARIANTS, variant
 
@@ -94,18 +94,9 @@ def methods_from(
 
 def _candidate(name: str, options: dict[str, Any]) -> Candidate:
     method, _, rest = name.partition(":")
-    given = {
-        key: _value(value) for key, _, value in (p.partition("=") for p in rest.split(",") if p)
+    given: dict[str, Any] = {
+        key: number_in(value) for key, _, value in (p.partition("=") for p in rest.split(",") if p)
     }
     if method in VARIANTS:
         return variant(name, VARIANTS[method], **options, **given)
     return variant(name, **options, **given, method=method)
-
-
-def _value(text: str) -> Any:
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text

@@ -83,7 +83,7 @@ def _prefix_attention(
 ) -> tuple[Tensor, Tensor]:
     """See :func:`ckv_compile.kernels.cpu.ragged_attention.attend`."""
     query = query.float() * scale
-    if query.device.type == "cpu" and cpu.takes(query, key, query.shape[1]):
+    if query.device.type == "cpu" and cpu.takes(key, query.shape[1]):
         return cpu.attend(query, key, value, cu_kv_lens)
     out = query.new_zeros(*query.shape[:2], value.shape[1])
     lse = query.new_full(query.shape[:2], -math.inf)

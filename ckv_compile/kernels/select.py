@@ -80,23 +80,17 @@ def _select(
     if row_budgets is None:
         row_budgets = torch.full((batch,), budget, device=base.device)
     count = real.sum(-1, keepdim=True)
-    ranks = real.cumsum(-1) - 1
-    kept = (real & (ranks >= count - window_size))[:, None]  # [B, 1, K], the window
-    real, row_budgets = real[:, None], row_budgets[:, None, None]
+    kept = in_window(real, window_size)[:, None]  # [B, 1, K]
+    real, row_budgets = real[:, None], row_budgets[:, None]
     scores = base
     if norm is not None:
         first = (ratio[0] * row_budgets // ratio[1]).clamp(min=window_size)
-        first = first.minimum(count[:, :, None])
-        keys = sort_keys(base, kept, real, positions)
-        # Keys are distinct, so the threshold lets exactly `first` of them through.
-        ordered = keys.topk(int(first.max()), dim=-1).values
-        if ordered.shape[-1]:
-            last = (first - 1).clamp(min=0).expand(*base.shape[:2], 1)
-            kept = (keys >= ordered.gather(-1, last)) & (first > 0)
+        first = first.minimum(count).expand(base.shape[:2])
+        kept = best(sort_keys(base, kept, real, positions), first)
         scores = (base + epsilon) * norm
-    best = sort_keys(scores, kept, real, positions).topk(budget, dim=-1).indices
-    unused = torch.arange(budget, device=base.device) >= row_budgets
-    return best.masked_fill(unused, -1).sort(dim=-1).values.clamp(min=0)
+    chosen = sort_keys(scores, kept, real, positions).topk(budget, dim=-1).indices
+    unused = torch.arange(budget, device=base.device) >= row_budgets[..., None]
+    return chosen.masked_fill(unused, -1).sort(dim=-1).values.clamp(min=0)
 
 
 @_select.register_fake
@@ -111,6 +105,21 @@ def _(
     row_budgets: Tensor | None,
 ) -> Tensor:
     return base.new_empty((base.shape[0], base.shape[1], budget), dtype=torch.int64)
+
+
+def in_window(real: Tensor, window_size: int) -> Tensor:
+    """The last ``window_size`` real tokens of each row of ``[B, K]``, as bool."""
+    return real & (real.cumsum(-1) > real.sum(-1, keepdim=True) - window_size)
+
+
+def best(keys: Tensor, count: Tensor) -> Tensor:
+    """Which of the distinct ``keys`` ``[.., N]`` are the ``count`` ``[..]`` largest, as bool."""
+    most = min(int(count.max()), keys.shape[-1])
+    if not most:
+        return torch.zeros_like(keys, dtype=torch.bool)
+    ordered = keys.topk(most, dim=-1).values
+    last = ordered.gather(-1, (count - 1).clamp(min=0)[..., None])
+    return (keys >= last) & (count > 0)[..., None]
 
 
 def sort_keys(scores: Tensor, first: Tensor, real: Tensor, positions: Tensor) -> Tensor:

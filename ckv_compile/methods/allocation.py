@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..budget import exact_share
-from ..kernels.select import sort_keys
+from ..kernels.select import best, sort_keys
 
 # PyramidKV's ratio of the mean to the last layer's budget; HeadKV's share of the common pool.
 PYRAMID_BETA = 20
@@ -144,16 +144,6 @@ def _counts(scores: Sequence[Tensor], extra: Tensor, candidates: Tensor) -> Tens
     keys = sort_keys(flat, torch.zeros_like(real), real, order)
     chosen = best(keys, extra * heads)
     return chosen.view(batch, kv_len, heads).sum(1)
-
-
-def best(keys: Tensor, count: Tensor) -> Tensor:
-    """Which of the distinct ``keys`` ``[.., N]`` are the ``count`` ``[..]`` largest, as bool."""
-    most = min(int(count.max()), keys.shape[-1])
-    if not most:
-        return torch.zeros_like(keys, dtype=torch.bool)
-    ordered = keys.topk(most, dim=-1).values
-    last = ordered.gather(-1, (count - 1).clamp(min=0)[..., None])
-    return (keys >= last) & (count > 0)[..., None]
 
 
 def _apportioned(quota: Tensor, denominator: Tensor | int, total: Tensor) -> Tensor:

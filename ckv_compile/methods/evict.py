@@ -122,10 +122,8 @@ class EvictKV(nn.Module):
         counted = f"{config.budget}, row_bytes={self.row_bytes}"
         budget = counted if self.from_config else "an input of the graph"
         return (
-            f"method={identity_of(config.method)}, base={identity_of(config.base)}, "
-            f"budget={budget}, window_size={config.window_size}, "
-            f"kernel_size={config.kernel_size}, first_stage_ratio={config.first_stage_ratio}, "
-            f"epsilon={config.epsilon}, norm={config.norm}, in_out={self.in_out}, "
+            f"{_scored_by(config, self.in_out)}, budget={budget}, "
+            f"first_stage_ratio={config.first_stage_ratio}, epsilon={config.epsilon}, "
             f"cross={self.cross}"
         )
 
@@ -148,26 +146,21 @@ class ScoreKV(nn.Module):
         adapters: Adapters = (),
     ) -> tuple[Tensor, ...]:
         """Base scores ``[B, Hkv, K]`` and, if the method has one, the norm; as for ``EvictKV``."""
-        inputs = ScoreInputs(
-            query,
-            key,
-            value,
-            o_proj_weight,
-            self.in_out,
-            scale,
-            None,
-            self.config,
-            None if padding is None else padding.bool(),
-            adapters=adapters,
-        )
+        real = None if padding is None else padding.bool()
+        operands = (query, key, value, o_proj_weight, self.in_out, scale, None)
+        inputs = ScoreInputs(*operands, self.config, real, adapters=adapters)
         scores = scores_of(self.config.method, inputs)
         return (scores.base,) if scores.norm is None else (scores.base, scores.norm)
 
     def extra_repr(self) -> str:
         """All that the body depends on; the compile cache is keyed by it."""
-        config = self.config
-        return (
-            f"method={identity_of(config.method)}, base={identity_of(config.base)}, "
-            f"window_size={config.window_size}, kernel_size={config.kernel_size}, "
-            f"norm={config.norm}, in_out={self.in_out}"
-        )
+        return _scored_by(self.config, self.in_out)
+
+
+def _scored_by(config: EvictionConfig, in_out: bool) -> str:
+    """All that scores depend on."""
+    return (
+        f"method={identity_of(config.method)}, base={identity_of(config.base)}, "
+        f"window_size={config.window_size}, kernel_size={config.kernel_size}, "
+        f"norm={config.norm}, in_out={in_out}"
+    )

@@ -9,13 +9,15 @@ from torch import Tensor, nn
 
 from ..budget import exact_share
 from ..config import EvictionConfig
-from ..kernels.select import sort_keys
+from ..kernels.select import best, in_window, sort_keys
 from ..sizes import TAIL, number_of
-from .allocation import ALLOCATIONS, Shares, best
+from .allocation import ALLOCATIONS, Shares
 
 
 class PackKV(nn.Module):
     """``ckv_pack_i`` in the graph: what a prefill leaves of a layer, or of all, in packed form."""
+
+    from_config = False  # its budget is an input
 
     def __init__(self, config: EvictionConfig) -> None:
         super().__init__()
@@ -97,7 +99,7 @@ def head_budgets(
         row_budgets: ``[B]`` entries per head if all had the same.
         real: ``[B, K]`` bool, False at pads.
     """
-    window = _window(real, window_size)
+    window = in_window(real, window_size)
     held = window.sum(-1).minimum(row_budgets)
     extra = ALLOCATIONS[allocation](bases, row_budgets - held, real & ~window, shares)
     return [layer + held[:, None] for layer in extra]
@@ -118,7 +120,7 @@ def keep_mask(
         budgets: ``[B, Hkv]`` entries that each head keeps, at most the real ones of its row.
     """
     positions = torch.arange(base.shape[2], device=base.device)
-    kept, real = _window(real, window_size)[:, None], real[:, None]
+    kept, real = in_window(real, window_size)[:, None], real[:, None]
     scores = base
     if norm is not None:
         first = (ratio[0] * budgets // ratio[1]).maximum(kept.sum(-1)).minimum(budgets)
@@ -135,11 +137,6 @@ def _tail(cache: Tensor, real: Tensor | None) -> Tensor:
     last = torch.where(real, columns, -1).topk(TAIL, dim=-1).values.flip(-1)  # [B, 2]
     index = last[:, None, :, None].expand(*cache.shape[:2], TAIL, cache.shape[3])
     return cache.gather(2, index)
-
-
-def _window(real: Tensor, window_size: int) -> Tensor:
-    """The last real tokens of each row, ``[B, K]`` bool."""
-    return real & (real.cumsum(-1) > real.sum(-1, keepdim=True) - window_size)
 
 
 # Opaque to the compiler: how many entries a head keeps is known only when it runs, and what is
@@ -168,7 +165,7 @@ def _pack(
         row_budgets = real.new_full((batch,), budget, dtype=torch.int64)
     shares = Shares(safeguard, None if head_scores is None else tuple(head_scores))
     window_size = max(window_size, TAIL)
-    tail = _window(real, TAIL)[:, None]
+    tail = in_window(real, TAIL)[:, None]
     budgets = head_budgets(bases, row_budgets, window_size, real, allocation, shares)
     key = keys[0].new_empty(entries, keys[0].shape[3])
     value = values[0].new_empty(entries, values[0].shape[3])

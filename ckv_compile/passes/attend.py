@@ -13,7 +13,7 @@ from ..kernels.device import takes_triton
 from ..kernels.ragged_attention import ragged_attention
 from ..site import AttentionSite
 from . import vocabulary as vocab
-from .axes import chain_above
+from .axes import first_above
 
 
 @torch.library.custom_op("ckv_compile::prefix", mutates_args=())
@@ -98,9 +98,9 @@ def attend_packed(
     """
     owners: dict[Node, AttentionSite] = {}
     for site in sites:
-        for node in chain_above(site.key):
-            if node in prefixes:
-                owners[node] = site
+        key = first_above(site.key, prefixes)
+        if key is not None:
+            owners[key] = site
     for key in prefixes:
         owner = owners.get(key)
         if owner is None or owner.latent or not vocab.is_sdpa(owner.sdpa):

@@ -7,7 +7,7 @@ that a batch of one and a single head need no special case.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from typing import Any
 
 from torch.fx import Node
@@ -65,6 +65,11 @@ def chain_above(node: Node) -> list[Node]:
     while layout_op_of(chain[-1]) is not None and isinstance(chain[-1].args[0], Node):
         chain.append(chain[-1].args[0])
     return chain
+
+
+def first_above(node: Node, among: Container[Node]) -> Node | None:
+    """The first of ``among`` that ``node`` is, or is a mere relayout of."""
+    return next((above for above in chain_above(node) if above in among), None)
 
 
 def upstream(nodes: Iterable[Any]) -> set[Node]:

@@ -108,6 +108,8 @@ class Inserted:
     site: AttentionSite
     node: Node
     module: EvictKV | PackKV
+    # What is kept per head, on average where heads differ.
+    entries: Any
     # Which output of the graph is which of the node's.
     outputs: dict[int, int]
 
@@ -262,7 +264,8 @@ def _insert(
             parts[part] = graph.call_function(operator.getitem, (node, part))
         vocab.annotate(parts[part], operator.getitem, like=site.sdpa)
     repoint(gm, {i: parts[part] for i, part in outputs.items()})
-    return Inserted(site, node, module, outputs)
+    entries = vocab.value_of(node)[0].shape[2]
+    return Inserted(site, node, module, entries, outputs)
 
 
 def _outputs_for(site: AttentionSite, capacity: Capacity | None) -> dict[int, int]:

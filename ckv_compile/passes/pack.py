@@ -181,6 +181,8 @@ def _pack(
     node.args = (*args, *((group[0].padding, capacity.row_budgets) if padded else ()))
     vocab.annotate(node, module, like=group[0].sdpa)
     inserted = []
+    # The capacity's size is the budget; shared out, the total is the same.
+    entries = vocab.value_of(capacity.node).shape[0]
     for i, site in enumerate(group):
         # The packed K and V and the heads' beginnings; then the tails of K and V.
         first = 2 + 3 * i
@@ -193,7 +195,7 @@ def _pack(
         for part in nodes.values():
             vocab.annotate(part, operator.getitem, like=site.sdpa)
         repoint(gm, {position: nodes[place] for position, place in outputs.items()})
-        inserted.append(Inserted(site, node, module, outputs))
+        inserted.append(Inserted(site, node, module, entries, outputs))
     return inserted
 
 

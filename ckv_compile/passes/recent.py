@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 
 import torch
@@ -11,7 +10,7 @@ from torch.fx import GraphModule, Node
 
 from ..site import AttentionSite
 from . import vocabulary as vocab
-from .axes import chain_above
+from .axes import first_above
 from .insert import repoint
 
 
@@ -50,12 +49,6 @@ class RecentQueries(nn.Module):
         return f"window_size={self.window_size}"
 
 
-@dataclasses.dataclass(frozen=True)
-class _Marker:
-    node: Node
-    recent: Node | None
-
-
 def keep_queries(
     gm: GraphModule, sites: Sequence[AttentionSite], window_size: int
 ) -> dict[int, Node]:
@@ -64,35 +57,31 @@ def keep_queries(
     before: the graph returns an empty tensor
     after:  ``r' = ckv_recent_i(q, r)``, which it returns
     """
-    markers = {
-        node.args[0]: _Marker(node, *node.args[1:])
-        for node in gm.graph.nodes
-        if vocab.is_ours(node, "recent")
-    }
+    markers = {node.args[0]: node for node in gm.graph.nodes if vocab.is_ours(node, "recent")}
     kept: dict[int, Node] = {}
     for site in sites:
-        for key in chain_above(site.key):
-            if key in markers:
-                kept[site.index] = _keep(gm, site, markers[key], window_size)
-                break
+        key = first_above(site.key, markers)
+        if key is not None:
+            kept[site.index] = _keep(gm, site, markers[key], window_size)
     if kept:
         gm.graph.lint()
         gm.recompile()
     return kept
 
 
-def _keep(gm: GraphModule, site: AttentionSite, marker: _Marker, window_size: int) -> Node:
+def _keep(gm: GraphModule, site: AttentionSite, marker: Node, window_size: int) -> Node:
+    recent = marker.args[1]
     # A layer that was left alone in an earlier call has none.
-    known = len(vocab.shape_of(marker.recent) or ()) == 4
+    known = len(vocab.shape_of(recent) or ()) == 4
     module = RecentQueries(window_size)
     name = f"ckv_recent_{site.index}"
     gm.add_submodule(name, module)
     with gm.graph.inserting_before(site.sdpa):
-        args = (site.query, marker.recent) if known else (site.query,)
+        args = (site.query, recent) if known else (site.query,)
         node = gm.graph.call_module(name, args)
     vocab.annotate(node, module, like=site.sdpa)
     outputs = vocab.outputs_of(gm)
-    repoint(gm, {i: node for i, value in enumerate(outputs) if value is marker.node})
-    if not marker.node.users:
-        gm.graph.erase_node(marker.node)
+    repoint(gm, {i: node for i, value in enumerate(outputs) if value is marker})
+    if not marker.users:
+        gm.graph.erase_node(marker)
     return node

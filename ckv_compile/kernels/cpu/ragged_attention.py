@@ -236,7 +236,7 @@ def library() -> Any:
         return None
 
 
-def takes(query: Tensor, key: Tensor, rows: int) -> bool:
+def takes(key: Tensor, rows: int) -> bool:
     """Whether the kernel is for these operands."""
     return rows <= MOST_ROWS and key.dtype in _SUFFIX and library() is not None
 
