@@ -131,3 +131,12 @@ def test_four_thousand_tokens():
         sum(t.nbytes for layer in cache.layers for t in layer.tensors()) <= 2 * 2 * 2 * 16 * 4 * 384
     )
     assert ckv_compile.explain(model).graphs == 3
+
+
+def test_a_prompt_of_one_token_is_bounded_too(bounded):
+    """Nothing of it is cut, so no cut had said how many tokens the cache has seen."""
+    cache = EvictedCache()
+    with torch.no_grad():
+        for token in prompt(90)[0]:
+            bounded(input_ids=token.view(1, 1), past_key_values=cache, use_cache=True)
+    assert cache.get_seq_length() == 90 and cache.layers[0].held <= 60

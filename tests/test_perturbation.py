@@ -14,6 +14,7 @@ from families import prompt, tiny
 import ckv_compile
 from ckv_compile.config import EvictionConfig
 from ckv_compile.evidence import pictures, variants
+from ckv_compile.evidence.candidates import candidates_of
 from ckv_compile.evidence.probe import Seen, Watcher
 from ckv_compile.kernels import reference
 from ckv_compile.methods.evict import EvictKV
@@ -295,3 +296,10 @@ def test_pictures_name_their_axes_and_units(report):
     assert heads.axes[1].images[0].get_array().shape == (2, 4)
     curves = pictures.perturbation_curves(report).axes[0]
     assert "%" in curves.get_xlabel() and len(curves.lines) == 2
+
+
+@pytest.mark.parametrize("options", [{"allocation": "adakv"}, {"max_entries": 400}])
+def test_what_is_not_measured_is_no_candidate(options):
+    """Numbers of uniform heads stood under the name of another allocation."""
+    with pytest.raises(ValueError, match=next(iter(options))):
+        candidates_of({"mine": options})

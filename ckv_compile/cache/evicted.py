@@ -17,6 +17,7 @@ from transformers.cache_utils import (
     LinearAttentionAndFullAttentionLayer,
 )
 
+from ..sizes import sized
 from . import files
 from .fixed import FixedLayer
 from .hybrid import EvictedHybridLayer
@@ -261,6 +262,8 @@ def finish_prompt(cache: Any) -> None:
     """What comes now is no piece of the prompt."""
     for layer in evicted_layers(cache):
         layer.complete = True
+        if layer.is_initialized and layer.gap is None:
+            layer.gap = sized(0, layer.device)  # of a prompt of one token nothing is cut
 
 
 def can_cut_again(cache: Any) -> bool:

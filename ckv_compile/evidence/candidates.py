@@ -24,6 +24,14 @@ class Candidate:
     config: EvictionConfig
     keeps: Keeps = Seen.kept
 
+    def __post_init__(self) -> None:
+        for name, taken in (("allocation", "uniform"), ("max_entries", None)):
+            given = getattr(self.config, name)
+            if given != taken:
+                raise ValueError(
+                    f"{self.label}: {name}={given!r} is not measured here; it takes {taken!r}"
+                )
+
     def at(self, budget: Spec) -> EvictionConfig:
         return dataclasses.replace(self.config, budget=budget)
 
