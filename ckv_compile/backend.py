@@ -17,6 +17,7 @@ from .passes.axes import chain_above
 from .passes.insert import row_bytes
 from .passes.match import dotted, example_inputs_require_grad
 from .passes.pipeline import Rewritten, rewrite
+from .passes.regions import share_regions
 from .report import Report, Traced, report_of
 from .site import AttentionSite, Projection, Reason
 
@@ -83,7 +84,7 @@ def compile_graph(
     for row in report.rejections:
         log.info("left alone: %s: %s: %s", row.site, row.reason, row.detail)
     log.debug("%s", gm.graph)
-    return _lowered(gm, example_inputs, config), report
+    return _lowered(gm, example_inputs, config, grad_enabled), report
 
 
 def lowering_for(config: EvictionConfig) -> str:
@@ -91,7 +92,9 @@ def lowering_for(config: EvictionConfig) -> str:
     return "inductor" if config.lowering == "auto" else config.lowering
 
 
-def _lowered(gm: GraphModule, example_inputs: Sequence[Any], config: EvictionConfig) -> Compiled:
+def _lowered(
+    gm: GraphModule, example_inputs: Sequence[Any], config: EvictionConfig, grad_enabled: bool
+) -> Compiled:
     lowering = lowering_for(config)
     if lowering == "eager":
         return gm.forward
@@ -101,6 +104,9 @@ def _lowered(gm: GraphModule, example_inputs: Sequence[Any], config: EvictionCon
         return aot_eager(gm, example_inputs)
     from torch._inductor.compile_fx import compile_fx
 
+    # Not where gradients are asked for: that graph is not ours to change.
+    if config.share_regions and not grad_enabled:
+        log.info("%d stretches of layers share their code", share_regions(gm))
     patches = {**_mode_patches(gm, config.mode), **_inductor_patches(gm)}
     return compile_fx(gm, example_inputs, config_patches=patches)
 

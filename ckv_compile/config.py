@@ -63,6 +63,9 @@ class EvictionConfig:
             Batches that pad the encoder's input keep theirs.
         rewrite_gqa: whether a decode step reads grouped K and V as they are, where the model would
             repeat them for every query head; the same numbers without a copy of the cache.
+        share_regions: whether Inductor compiles once what layers repeat between their attentions,
+            and calls it for each; without it every layer is compiled for itself, which takes
+            minutes longer for many layers.
         lowering: "inductor" (generated C++ or Triton), "aot_eager" (ATen), "eager" (the FX graph as
             it is) or "auto".
         mode: of ``torch.compile``, for the "inductor" lowering. "reduce-overhead" replays decode
@@ -89,6 +92,7 @@ class EvictionConfig:
     interval: int = 128
     cross_attention: bool = False
     rewrite_gqa: bool = True
+    share_regions: bool = True
     lowering: str = "auto"
     mode: str = "default"
 
@@ -137,7 +141,7 @@ class EvictionConfig:
                 f"layer's; it takes one of {', '.join(map(repr, ('criticalkv', *bases())))}"
             )
         self._check_bound()
-        for name in ("cross_attention", "rewrite_gqa"):
+        for name in ("cross_attention", "rewrite_gqa", "share_regions"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name}={getattr(self, name)!r}; it takes True or False")
         if not isinstance(self.budget, Budget):

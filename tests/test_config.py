@@ -90,6 +90,7 @@ REFUSED_VALUES: list[tuple[str, Any, type[Exception], str]] = [
     ("mode", "fast", ValueError, "'default', 'reduce-overhead'"),
     ("later_turns", "drop", ValueError, "'keep', 'evict'"),
     ("rewrite_gqa", 1, TypeError, "True or False"),
+    ("share_regions", "yes", TypeError, "True or False"),
 ]
 
 REFUSED_EXPRESSIONS = [
@@ -325,7 +326,7 @@ def test_repr_names_every_option_and_no_address() -> None:
         "kernel_size=7, first_stage_ratio=0.5, epsilon=0.0001, norm='l1', "
         "base='snapkv', allocation='uniform', safeguard=0.2, head_scores=None, "
         "later_turns='keep', max_entries=None, interval=128, cross_attention=False, "
-        "rewrite_gqa=True, lowering='auto', mode='default')"
+        "rewrite_gqa=True, share_regions=True, lowering='auto', mode='default')"
     )
     assert repr(EvictionConfig(budget="0.2")) == repr(config)
     assert not re.search("0x", repr(EvictionConfig(budget="max(128, n/10)")))

@@ -332,6 +332,7 @@ def test_explain_needs_no_inputs_and_names_the_weights(llama):
         ({"mode": "default"}, "mode='default'"),
         ({"lowering": "eager"}, "lowering='eager'"),
         ({"rewrite_gqa": False}, "rewrite_gqa=False"),
+        ({"share_regions": False}, "share_regions=False"),
         ({"budget": 1.5}, "budget=1.5"),
     ],
 )

@@ -38,7 +38,7 @@ class Candidate:
     @property
     def options(self) -> str:
         """All that decides what is kept, but for the budget."""
-        skipped = ("budget", "lowering", "mode", "later_turns", "rewrite_gqa")
+        skipped = ("budget", "lowering", "mode", "later_turns", "rewrite_gqa", "share_regions")
         fields = [f.name for f in dataclasses.fields(self.config) if f.name not in skipped]
         parts = [f"{name}={getattr(self.config, name)}" for name in fields]
         return ", ".join(parts)
