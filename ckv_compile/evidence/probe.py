@@ -36,6 +36,9 @@ class Remembered(ScoreInputs):
     def projected_norm(self) -> Tensor:
         return self._once(("norm", self.config.norm), super().projected_norm)
 
+    def norm_to_select_by(self) -> Tensor:
+        return self.projected_norm()  # made once for all budgets
+
     def _once(self, key: Any, compute: Callable[[], Tensor]) -> Tensor:
         if key not in self.memo:
             self.memo[key] = compute()
@@ -73,7 +76,7 @@ class Seen:
     def kept(self, config: EvictionConfig, budget: int) -> Tensor:
         """Positions ``[B, Hkv, budget]`` that the eviction node keeps with these options."""
         scores = scores_of(config.method, dataclasses.replace(self.inputs, config=config))
-        return self.selected(scores.base, scores.norm, config, budget)
+        return self.selected(scores.base, scores.made_norm, config, budget)
 
     def first_stage(self, config: EvictionConfig, budget: int) -> Tensor:
         """What attention alone has chosen before values are looked at; all of it without norms."""

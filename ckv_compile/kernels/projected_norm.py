@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import weakref
 
 import torch
 from torch import Tensor
+
+from .cpu import projected_norm as cpu
 
 # Rows and columns of the block in which products are made: 1 MiB, which stays in a core's L2 cache.
 _ROWS, _COLUMNS = 256, 1024
@@ -47,6 +50,24 @@ def projected_norm(
     if quadratic:
         weight, in_out = torch.ops.ckv_compile.gram(weight, in_out, heads), True
     return torch.ops.ckv_compile.projected_norm(value, weight, in_out, heads, quadratic)
+
+
+@dataclasses.dataclass(frozen=True)
+class UnmadeNorm:
+    """The arguments of :func:`projected_norm`: a selection may need it of few entries alone."""
+
+    value: Tensor
+    weight: Tensor | None
+    in_out: bool
+    heads: int
+    norm: str
+    triton: bool
+
+    def made(self) -> Tensor:
+        """``[B, Hkv, K]`` float32."""
+        return projected_norm(
+            self.value, self.weight, self.in_out, self.heads, self.norm, self.triton
+        )
 
 
 def projected_norms(
@@ -136,6 +157,11 @@ def _projected_norm(
     # would write the whole [B, H, K, E] to memory first. Here only a block of it ever exists.
     batch, kv_heads, kv_len, _ = value.shape
     groups, width = heads // kv_heads, weight.shape[1 if in_out else 0]
+    if value.device.type == "cpu" and cpu.takes(value, weight):
+        each = cpu.norms(value, weight, in_out, heads, quadratic)
+        # Rounding may leave a tiny negative number where the norm is zero.
+        each = each.clamp_(min=0).sqrt_() if quadratic else each
+        return each.view(batch, kv_heads, groups, kv_len).mean(2)
     norms = torch.zeros(batch, kv_heads, kv_len, dtype=torch.float32, device=value.device)
     per_head = _per_head(weight, in_out, heads)
     buffer = torch.empty(_ROWS * min(width, _COLUMNS), dtype=torch.float32, device=value.device)
@@ -148,7 +174,6 @@ def _projected_norm(
                 if quadratic:
                     product = buffer[: rows.shape[0] * width].view(-1, width)
                     squared = torch.mm(rows, matrix, out=product).mul_(rows).sum(-1)
-                    # Rounding may leave a tiny negative number where the norm is zero.
                     norm += squared.clamp_(min=0).sqrt_()
                     continue
                 for column in range(0, width, _COLUMNS):
@@ -156,6 +181,23 @@ def _projected_norm(
                     product = buffer[: rows.shape[0] * part.shape[1]].view(-1, part.shape[1])
                     norm += torch.mm(rows, part, out=product).abs_().sum(-1)
     return norms.div_(groups)
+
+
+def upper_bounds(value: Tensor, weight: Tensor, in_out: bool, heads: int) -> Tensor:
+    """What the L1 norm of each projected value is at most, mean over the group, ``[B, Hkv, K]``.
+
+    ``||x||_1 <= sqrt(E) ||x||_2``, and the L2 norm, by the kept Gram matrix, costs ``Dv / E`` of
+    the L1 norm. What rounding can take from it is added; both are float32 sums.
+    """
+    (batch, kv_heads, kv_len, depth), groups = value.shape, heads // value.shape[1]
+    gram = torch.ops.ckv_compile.gram(weight, in_out, heads)
+    squared = cpu.norms(value, gram, True, heads, True).view(batch, kv_heads, groups, kv_len)
+    rounding = 2 * depth * torch.finfo(torch.float32).eps
+    lost = rounding * torch.linalg.matrix_norm(gram.view(heads, depth, depth))
+    size = value.float().square().sum(-1)[:, :, None]  # [B, Hkv, 1, K]
+    squared.clamp_(min=0).addcmul_(size, lost.view(1, kv_heads, groups, 1))
+    width = weight.shape[1 if in_out else 0]
+    return squared.mul_(1.002 * width).sqrt_().mean(2)
 
 
 @_projected_norm.register_fake

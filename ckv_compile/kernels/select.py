@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..budget import exact_share
+from .cpu import projected_norm as cpu
+from .projected_norm import UnmadeNorm, upper_bounds
 from .window_attention import window_of
 
 
 def select(
     base: Tensor,
-    norm: Tensor | None,
+    norm: Tensor | UnmadeNorm | None,
     budget: Any,
     window_size: int,
     first_stage_ratio: float,
@@ -26,7 +29,8 @@ def select(
 
     Args:
         base: ``[B, Hkv, K]`` float32 attention scores; what they say of the window is not read.
-        norm: ``[B, Hkv, K]`` float32 projected norms, or None for attention alone.
+        norm: ``[B, Hkv, K]`` float32 projected norms, or None for attention alone. A norm that
+            is not made yet is made where it can decide: what comes out is the same.
         budget: entries to keep, at most K.
         real: ``[B, K]`` bool, False at pads; None for no pads.
         row_budgets: ``[B]`` int64, entries that each row keeps of its real ones, at most
@@ -42,10 +46,13 @@ def select(
     # As a fraction: a float product could land on the wrong side of floor(ratio * budget).
     share = exact_share(first_stage_ratio)
     ratio = [share.numerator, share.denominator]
+    options = (budget, window_size, ratio, epsilon, real, row_budgets)
+    if isinstance(norm, UnmadeNorm) and norm.norm == "l1" and not triton:
+        operands = (norm.value, norm.weight, norm.in_out, norm.heads)
+        return torch.ops.ckv_compile.select_bounded(base, *operands, *options)
+    made = norm.made() if isinstance(norm, UnmadeNorm) else norm
     if not triton:
-        return torch.ops.ckv_compile.select(
-            base, norm, budget, window_size, ratio, epsilon, real, row_budgets
-        )
+        return torch.ops.ckv_compile.select(base, made, *options)
     from .gpu import select as gpu
 
     states = None
@@ -54,8 +61,8 @@ def select(
         states = torch.where(prefix[:, 0], 1, 2).masked_fill(~real, 0).to(torch.int8)
         if row_budgets is None:
             row_budgets = real.new_full(real.shape[:1], budget, dtype=torch.int64)
-    base, norm = base.contiguous(), None if norm is None else norm.contiguous()
-    return gpu.select(base, norm, states, row_budgets, budget, window_size, ratio, epsilon)
+    base, made = base.contiguous(), None if made is None else made.contiguous()
+    return gpu.select(base, made, states, row_budgets, budget, window_size, ratio, epsilon)
 
 
 # An op of ours, opaque to the compiler: its top-k are library calls in any case, and traced they
@@ -71,6 +78,50 @@ def _select(
     real: Tensor | None,
     row_budgets: Tensor | None,
 ) -> Tensor:
+    def scores(kept: Tensor, real: Tensor, left: Tensor) -> Tensor:
+        return base if norm is None else (base + epsilon) * norm
+
+    first = None if norm is None else ratio
+    return _chosen(base, scores, first, budget, window_size, real, row_budgets)
+
+
+@torch.library.custom_op("ckv_compile::select_bounded", mutates_args=())
+def _select_bounded(
+    base: Tensor,
+    value: Tensor,
+    weight: Tensor,
+    in_out: bool,
+    heads: int,
+    budget: int,
+    window_size: int,
+    ratio: list[int],
+    epsilon: float,
+    real: Tensor | None,
+    row_budgets: Tensor | None,
+) -> Tensor:
+    if value.device.type != "cpu" or not cpu.takes(value, weight):
+        norm = torch.ops.ckv_compile.projected_norm(value, weight, in_out, heads, False)
+        return torch.ops.ckv_compile.select(
+            base, norm, budget, window_size, ratio, epsilon, real, row_budgets
+        )
+
+    def scores(kept: Tensor, real: Tensor, left: Tensor) -> Tensor:
+        projection = (value, weight, in_out, heads)
+        return _best_scores(base + epsilon, projection, real & ~kept, left)
+
+    return _chosen(base, scores, ratio, budget, window_size, real, row_budgets)
+
+
+def _chosen(
+    base: Tensor,
+    scores: Callable[[Tensor, Tensor, Tensor], Tensor],
+    first_stage: list[int] | None,
+    budget: int,
+    window_size: int,
+    real: Tensor | None,
+    row_budgets: Tensor | None,
+) -> Tensor:
+    """Positions kept, by ``scores`` of what is kept by then, what is real and how many are left."""
     batch, _, kv_len = base.shape
     positions = torch.arange(kv_len, device=base.device)
     if budget == kv_len:
@@ -82,15 +133,56 @@ def _select(
     count = real.sum(-1, keepdim=True)
     kept = in_window(real, window_size)[:, None]  # [B, 1, K]
     real, row_budgets = real[:, None], row_budgets[:, None]
-    scores = base
-    if norm is not None:
-        first = (ratio[0] * row_budgets // ratio[1]).clamp(min=window_size)
+    if first_stage is not None:
+        first = (first_stage[0] * row_budgets // first_stage[1]).clamp(min=window_size)
         first = first.minimum(count).expand(base.shape[:2])
         kept = best(sort_keys(base, kept, real, positions), first)
-        scores = (base + epsilon) * norm
-    chosen = sort_keys(scores, kept, real, positions).topk(budget, dim=-1).indices
+    left = (row_budgets - kept.sum(-1)).clamp(min=0)
+    keys = sort_keys(scores(kept, real, left), kept, real, positions)
+    chosen = keys.topk(budget, dim=-1).indices
     unused = torch.arange(budget, device=base.device) >= row_budgets[..., None]
     return chosen.masked_fill(unused, -1).sort(dim=-1).values.clamp(min=0)
+
+
+def _best_scores(
+    attention: Tensor, projection: tuple[Tensor, Tensor, bool, int], open_: Tensor, left: Tensor
+) -> Tensor:
+    """``attention * ||v W_O||_1`` of all that may be among the ``left`` best, -inf of the others.
+
+    A bound of the norm ranks the entries that are still ``open_``. The worst of the ``left`` first
+    ones, by its true score, is a threshold: whose bound is lower cannot be among the best.
+
+    Args:
+        attention: ``[B, Hkv, K]``; left: ``[B, Hkv]``.
+    """
+    value, weight, in_out, heads = projection
+    batch, kv_heads, _ = attention.shape
+    # Whose bound is not a number is asked for its score, whose attention is negative has at most 0.
+    highest = (attention * upper_bounds(*projection)).nan_to_num(nan=torch.inf).clamp(min=0)
+    highest = highest.masked_fill(~open_, -1.0)
+    scores = torch.full_like(attention, -torch.inf)
+
+    def make(asked: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The scores of the ``counts`` entries that lead ``asked``, which these are, and where."""
+        index = asked.topk(int(counts.max()), dim=-1).indices
+        norms = cpu.norms(value, weight, in_out, heads, False, index, counts)
+        norms = norms.view(batch, kv_heads, -1, index.shape[2]).mean(2)
+        inside = torch.arange(index.shape[2]) < counts[..., None]
+        found = (attention.gather(2, index) * norms).nan_to_num(nan=-torch.inf)
+        # The others' places may have been filled before.
+        scores.scatter_reduce_(2, index, found.masked_fill(~inside, -torch.inf), "amax")
+        return found, inside, index
+
+    left = left.expand(batch, kv_heads).minimum(open_.sum(-1))
+    if not left.any():
+        return scores
+    found, inside, index = make(highest, left)
+    worst = found.masked_fill(~inside, torch.inf).amin(-1, keepdim=True)
+    made = torch.zeros_like(attention, dtype=torch.bool).scatter_(2, index, inside)
+    rest = open_ & ~made & (highest >= worst)
+    if rest.any():
+        make(highest.masked_fill(~rest, -1.0), rest.sum(-1))
+    return scores
 
 
 @_select.register_fake
@@ -103,6 +195,19 @@ def _(
     epsilon: float,
     real: Tensor | None,
     row_budgets: Tensor | None,
+) -> Tensor:
+    return base.new_empty((base.shape[0], base.shape[1], budget), dtype=torch.int64)
+
+
+@_select_bounded.register_fake
+def _(
+    base: Tensor,
+    value: Tensor,
+    weight: Tensor,
+    in_out: bool,
+    heads: int,
+    budget: int,
+    *options: Any,
 ) -> Tensor:
     return base.new_empty((base.shape[0], base.shape[1], budget), dtype=torch.int64)
 

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .cpu import window_attention as cpu
+
 # Of the logits of one block of keys: they stay in a core's L2 cache.
 _BLOCK_BYTES = 1 << 20
 _LOWEST = torch.finfo(torch.float32).min
@@ -190,8 +192,16 @@ def _summed_attention(
 
     Only the logits of a block of keys exist at a time, and they are made twice.
     """
-    (batch, heads, q_len, _), (kv_heads, kv_len) = query.shape, key.shape[1:3]
+    (batch, heads, q_len, head_dim), (kv_heads, kv_len) = query.shape, key.shape[1:3]
     first = kv_len - q_len if causal else 0
+    if key.device.type == "cpu" and cpu.takes(key, bias):
+        shape = (batch, window.shape[1])
+        index = (window - first).clamp(min=0).expand(shape)[:, None, :, None]
+        rows = query.gather(2, index.expand(-1, heads, -1, head_dim)).float() * scale
+        last_seen = window if causal else torch.full_like(window, kv_len - 1)
+        return cpu.summed_attention(
+            rows, key, last_seen.expand(shape), asked.expand(shape), softcap, real, sinks
+        )
     summed = query.new_empty((batch, heads, kv_len), dtype=torch.float32)
     step = max(_BLOCK_BYTES // (4 * heads * window.shape[1]), 64)
     blocks = [slice(start, start + step) for start in range(0, kv_len, step)]

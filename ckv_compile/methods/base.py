@@ -12,7 +12,7 @@ from ..config import EvictionConfig
 from ..kernels.adapters import Adapters, with_adapters
 from ..kernels.attention_rows import attention_rows
 from ..kernels.device import takes_triton
-from ..kernels.projected_norm import projected_norm, projected_norms
+from ..kernels.projected_norm import UnmadeNorm, projected_norms
 from ..kernels.window_attention import cross_attention, window_attention, window_of
 from ..registry import METHODS
 
@@ -25,7 +25,12 @@ class Scores:
     """
 
     base: Tensor
-    norm: Tensor | None = None
+    norm: Tensor | UnmadeNorm | None = None
+
+    @property
+    def made_norm(self) -> Tensor | None:
+        """The norm of every entry."""
+        return self.norm.made() if isinstance(self.norm, UnmadeNorm) else self.norm
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,8 +87,15 @@ class ScoreInputs:
 
     def projected_norm(self) -> Tensor:
         """``||v_i W_O||``, mean over the group, ``[B, Hkv, K]``; ``||v_i||`` if norm="value"."""
+        return self._norm().made()
+
+    def norm_to_select_by(self) -> Tensor | UnmadeNorm:
+        """The same for a selection, which may need it of few entries alone."""
+        return self._norm()
+
+    def _norm(self) -> UnmadeNorm:
         heads, norm = self.query.shape[1], self.config.norm
-        return projected_norm(self.value, self._weight(norm), self.in_out, heads, norm, self.triton)
+        return UnmadeNorm(self.value, self._weight(norm), self.in_out, heads, norm, self.triton)
 
     def projected_norms(self, norm: str | None = None) -> Tensor:
         """The same of each query head, ``[B, H, K]``; ``norm`` other than the config's."""
@@ -130,7 +142,7 @@ def scores_of(name: str, inputs: ScoreInputs) -> Scores:
         raise TypeError(f"method {name!r} returned a {type(scores).__name__}; it returns Scores")
     heads = inputs.key.shape[1]
     for field, score in (("base", scores.base), ("norm", scores.norm)):
-        right = score is None and field == "norm"
+        right = field == "norm" and (score is None or isinstance(score, UnmadeNorm))
         if isinstance(score, Tensor):
             right = score.dtype == torch.float32 and score.dim() == 3 and score.shape[1] == heads
         if not right:

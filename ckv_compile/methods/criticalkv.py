@@ -18,4 +18,4 @@ def criticalkv(inputs: ScoreInputs) -> Scores:
     Attention is what ``config.base`` scores by, SnapKV's as in the paper. Over a base that has
     weighed the values already there is no such bound either.
     """
-    return Scores(scores_of(inputs.config.base, inputs).base, inputs.projected_norm())
+    return Scores(scores_of(inputs.config.base, inputs).base, inputs.norm_to_select_by())

@@ -102,7 +102,8 @@ class EvictKV(nn.Module):
         if cached is not None:
             key, value = cached
             base = base.mean(1, keepdim=True)
-            norm = None if norm is None else norm.mean(1, keepdim=True)
+            made = scores.made_norm
+            norm = None if made is None else made.mean(1, keepdim=True)
         keep = select(
             base,
             norm,
@@ -150,7 +151,8 @@ class ScoreKV(nn.Module):
         operands = (query, key, value, o_proj_weight, self.in_out, scale, None)
         inputs = ScoreInputs(*operands, self.config, real, adapters=adapters)
         scores = scores_of(self.config.method, inputs)
-        return (scores.base,) if scores.norm is None else (scores.base, scores.norm)
+        norm = scores.made_norm
+        return (scores.base,) if norm is None else (scores.base, norm)
 
     def extra_repr(self) -> str:
         """All that the body depends on; the compile cache is keyed by it."""

@@ -7,45 +7,19 @@ belong to, so that all threads have the same to do.
 
 from __future__ import annotations
 
-import ctypes
-import functools
-import logging
 from typing import Any
 
 import torch
 from torch import Tensor
 
-log = logging.getLogger("ckv_compile")
+from .build import PRELUDE, SUFFIX, library, pointer, sizes
 
 # More query rows than this, and a matrix product is faster than these dot products.
 MOST_ROWS = 32
-_SUFFIX = {torch.float32: "float", torch.bfloat16: "bfloat16", torch.float16: "half"}
 
-_SOURCE = r"""
-// GCC takes half of each register by default, for clocks that dropped on old processors.
-#if defined(__AVX512F__) && defined(__GNUC__) && !defined(__clang__)
-#pragma GCC target("prefer-vector-width=512")
-#endif
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <vector>
-
-namespace {
-
-struct bfloat16 { uint16_t bits; };
-using half = _Float16;
-
-inline float as_float(float x) { return x; }
-inline float as_float(half x) { return static_cast<float>(x); }
-inline float as_float(bfloat16 x) {
-  uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
-  float result;
-  std::memcpy(&result, &bits, sizeof(result));
-  return result;
-}
-
+_SOURCE = (
+    PRELUDE
+    + r"""
 // exp(x) for x <= 0, to about 2 ulp, without a call that would keep the loop from being vectorised:
 // 2^n times a polynomial of the rest (Cephes' coefficients).
 inline float exp_of_negative(float x) {
@@ -212,33 +186,16 @@ EXPORT(float)
 EXPORT(bfloat16)
 EXPORT(half)
 """
+)
 
 
-@functools.cache
-def library() -> Any:
-    """The compiled code; None where there is no C++ compiler that takes it."""
-    from torch._inductor import exc
-    from torch._inductor.codecache import CppCodeCache
-
-    try:
-        # Inductor's own flags are for code that it has vectorised itself, and let the compiler
-        # assume infinities away, which are values here.
-        flags = (
-            "-ftree-vectorize", "-ftree-loop-vectorize", "-funsafe-math-optimizations",
-            "-ffp-contract=fast", "-fno-math-errno", "-fno-finite-math-only",
-        )  # fmt: skip
-        return CppCodeCache.load_async(_SOURCE, extra_flags=flags, needs_vec_isa=True)()
-    except (exc.CppCompileError, exc.InvalidCxxCompiler, OSError) as error:
-        log.warning(
-            "no C++ compiler for the ragged attention kernel, which then loops over heads: %s",
-            str(error).splitlines()[0],
-        )
-        return None
+def _library() -> Any:
+    return library(_SOURCE, "the ragged attention kernel, which then loops over heads")
 
 
 def takes(key: Tensor, rows: int) -> bool:
     """Whether the kernel is for these operands."""
-    return rows <= MOST_ROWS and key.dtype in _SUFFIX and library() is not None
+    return rows <= MOST_ROWS and key.dtype in SUFFIX and _library() is not None
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, cu_kv_lens: Tensor) -> tuple[Tensor, Tensor]:
@@ -258,9 +215,10 @@ def attend(query: Tensor, key: Tensor, value: Tensor, cu_kv_lens: Tensor) -> tup
     cu_kv_lens = cu_kv_lens.contiguous()
     out = query.new_empty(heads, rows, value.shape[1])
     lse = query.new_empty(heads, rows)
-    pointers = [ctypes.c_void_p(t.data_ptr()) for t in (query, key, value, cu_kv_lens)]
-    sizes = (heads, rows, head_dim, value.shape[1], torch.get_num_threads())
-    results = [ctypes.c_void_p(t.data_ptr()) for t in (out, lse)]
-    run = getattr(library(), f"ragged_{_SUFFIX[key.dtype]}")
-    run(*pointers, *map(ctypes.c_int64, sizes), *results)
+    run = getattr(_library(), f"ragged_{SUFFIX[key.dtype]}")
+    run(
+        *map(pointer, (query, key, value, cu_kv_lens)),
+        *sizes(heads, rows, head_dim, value.shape[1], torch.get_num_threads()),
+        *map(pointer, (out, lse)),
+    )
     return out, lse

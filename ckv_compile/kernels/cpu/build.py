@@ -1,0 +1,149 @@
+"""C++ of ours, compiled once by Inductor's tools and kept in its cache."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor
+
+log = logging.getLogger("ckv_compile")
+
+# The element types that the kernels read; they compute in float32.
+SUFFIX = {torch.float32: "float", torch.bfloat16: "bfloat16", torch.float16: "half"}
+
+PRELUDE = r"""
+// GCC takes half of each register by default, for clocks that dropped on old processors.
+#if defined(__AVX512F__) && defined(__GNUC__) && !defined(__clang__)
+#pragma GCC target("prefer-vector-width=512")
+#endif
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <vector>
+
+namespace {
+
+struct bfloat16 { uint16_t bits; };
+using half = _Float16;
+
+inline float as_float(float x) { return x; }
+inline float as_float(half x) { return static_cast<float>(x); }
+inline float as_float(bfloat16 x) {
+  uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+  float result;
+  std::memcpy(&result, &bits, sizeof(result));
+  return result;
+}
+"""
+
+# A product of matrices as tiles that stay in registers, for what follows it to be done there.
+TILES = r"""
+#if defined(__AVX512F__)
+constexpr int64_t LANES = 16, ROWS = 12;
+#else
+constexpr int64_t LANES = 8, ROWS = 6;
+#endif
+constexpr int64_t COLUMNS = 2 * LANES;
+typedef float vec __attribute__((vector_size(LANES * 4)));
+typedef int32_t ivec __attribute__((vector_size(LANES * 4)));
+
+inline vec load(const float* from) {
+  vec result;
+  std::memcpy(&result, from, sizeof(result));
+  return result;
+}
+inline void store(float* to, vec value) { std::memcpy(to, &value, sizeof(value)); }
+
+inline float sum_of(vec value) {
+  float sum = 0.0f;
+  for (int64_t i = 0; i < LANES; ++i) sum += value[i];
+  return sum;
+}
+
+// ROWS rows of a, `stride` apart, times a panel [depth][COLUMNS].
+inline void multiply(const float* a, int64_t stride, const float* panel, int64_t depth,
+                     vec (&out)[ROWS][2]) {
+  for (int64_t r = 0; r < ROWS; ++r) out[r][0] = out[r][1] = vec{};
+  for (int64_t d = 0; d < depth; ++d) {
+    const vec left = load(panel + d * COLUMNS), right = load(panel + d * COLUMNS + LANES);
+    #pragma GCC unroll 12
+    for (int64_t r = 0; r < ROWS; ++r) {
+      const float x = a[r * stride + d];
+      out[r][0] += x * left;
+      out[r][1] += x * right;
+    }
+  }
+}
+
+// ROWS rows [depth] as floats, `stride` between them: in place, or `some` of them copied to `room`.
+template <typename scalar>
+const float* rows_of(const scalar* from, int64_t stride_row, int64_t stride_d, int64_t some,
+                     int64_t depth, float* room, int64_t* stride) {
+  if (std::is_same<scalar, float>::value && stride_d == 1 && some >= ROWS) {
+    *stride = stride_row;
+    return reinterpret_cast<const float*>(from);
+  }
+  *stride = depth;
+  for (int64_t r = 0; r < ROWS; ++r)
+    for (int64_t d = 0; d < depth; ++d)
+      room[r * depth + d] = r < some ? as_float(from[r * stride_row + d * stride_d]) : 0.0f;
+  return room;
+}
+
+// exp(x) for x <= 0, to about 2 ulp: 2^n times a polynomial of the rest (Cephes' coefficients).
+inline vec exp_of_negative(vec x) {
+  const vec y = x < -87.0f ? vec{} - 87.0f : x;
+  const ivec n = __builtin_convertvector(y * 1.44269504088896341f - 0.5f, ivec);
+  const vec whole = __builtin_convertvector(n, vec);
+  const vec r = (y - whole * 0.693359375f) + whole * 2.12194440e-4f;
+  vec p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  const ivec bits = (n + 127) << 23;
+  vec scale;
+  std::memcpy(&scale, &bits, sizeof(scale));
+  return x < -87.0f ? vec{} : p * scale;
+}
+"""
+
+
+@functools.cache
+def library(source: str, what: str) -> Any:
+    """The compiled ``source``; None, said once in the log, where no C++ compiler takes it.
+
+    Args:
+        what: the kernel, and what is done in its place, for people.
+    """
+    from torch._inductor import exc
+    from torch._inductor.codecache import CppCodeCache
+
+    try:
+        # Inductor's own flags are for code that it has vectorised itself, and let the compiler
+        # assume infinities away, which are values here.
+        flags = (
+            "-ftree-vectorize", "-ftree-loop-vectorize", "-funsafe-math-optimizations",
+            "-ffp-contract=fast", "-fno-math-errno", "-fno-finite-math-only",
+        )  # fmt: skip
+        return CppCodeCache.load_async(source, extra_flags=flags, needs_vec_isa=True)()
+    except (exc.CppCompileError, exc.InvalidCxxCompiler, OSError) as error:
+        log.warning("no C++ compiler for %s: %s", what, str(error).splitlines()[0])
+        return None
+
+
+def pointer(tensor: Tensor | None) -> ctypes.c_void_p:
+    """To the tensor's first element; null for None."""
+    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+
+
+def sizes(*numbers: int) -> tuple[ctypes.c_int64, ...]:
+    """Numbers as the kernels take them."""
+    return tuple(map(ctypes.c_int64, numbers))
