@@ -29,7 +29,7 @@ coverage-models: venv  ## check every architecture of transformers (hours), writ
 	$(BIN)/python -m ckv_compile coverage --results docs/coverage.jsonl --page docs/coverage.md $(ARGS)
 
 BENCHMARKS := projected_norm node decode ragged memory lowerings
-bench: venv  ## time and weigh kernels, nodes and models (an hour); BENCHMARKS="node" ARGS=--quick
+bench: .venv/.smollm2  ## time and weigh kernels, nodes and models (an hour); BENCHMARKS="node" ARGS=--quick
 	set -e; for name in $(BENCHMARKS); do $(BIN)/python benchmarks/$$name.py $(ARGS); done
 
 lint: venv  ## ruff and mypy

@@ -460,3 +460,8 @@ def test_the_custom_ops_keep_their_promises() -> None:
         (value, weight, False, 4, False),
         test_utils=tests,
     )
+    torch.library.opcheck(
+        torch.ops.ckv_compile.select_bounded.default,
+        (base, value, weight, False, 4, 9, 3, [1, 2], 1e-4, None, None),
+        test_utils=tests,
+    )
