@@ -13,7 +13,7 @@ import torch
 from .budget import Budget, CacheBytes
 from .registry import METHODS, UNAVAILABLE, bases
 
-ALLOCATIONS = ("uniform", "adakv", "headkv", "pyramid", "global")
+ALLOCATIONS = ("uniform", "adakv", "headkv", "pyramid", "cake", "global")
 NORMS = ("l1", "l2", "value")
 LOWERINGS = ("auto", "inductor", "aot_eager", "eager")
 LATER_TURNS = ("keep", "evict")
@@ -47,8 +47,9 @@ class EvictionConfig:
         allocation: how the budget is shared out; the total is the same for all. "uniform": every
             head of every layer has the same; "adakv": heads of a layer compete (arXiv 2407.11550);
             "headkv": shares from ``head_scores`` (arXiv 2410.19258); "pyramid": fewer from layer to
-            layer (arXiv 2406.02069); "global": all heads of all layers compete. All but "uniform"
-            keep the cut prompt in packed form and need a transformers cache.
+            layer (arXiv 2406.02069); "cake": layers share by the spread and the change of their
+            attention (arXiv 2503.12491); "global": all heads of all layers compete. All but
+            "uniform" keep the cut prompt in packed form and need a transformers cache.
         safeguard: of "adakv", the share of a head's uniform budget that no other head can take.
         head_scores: of "headkv", a number >= 0 for each layer and KV head: nested sequences, a
             tensor ``[layers, heads]``, or the path of a JSON file with nested lists.
@@ -189,6 +190,11 @@ class EvictionConfig:
     def packs(self) -> bool:
         """Whether heads keep different numbers of entries, in packed form."""
         return self.allocation != "uniform"
+
+    @property
+    def weighs_layers(self) -> bool:
+        """Whether the allocation wants to know what each layer asks for."""
+        return self.allocation == "cake"
 
     @property
     def reads_projection(self) -> bool:

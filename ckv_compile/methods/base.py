@@ -12,6 +12,7 @@ from ..config import EvictionConfig
 from ..kernels.adapters import Adapters, with_adapters
 from ..kernels.attention_rows import attention_rows
 from ..kernels.device import takes_triton
+from ..kernels.layer_preference import layer_preference
 from ..kernels.projected_norm import projected_norm, projected_norms
 from ..kernels.window_attention import cross_attention, window_attention, window_of
 from ..registry import METHODS
@@ -90,6 +91,12 @@ class ScoreInputs:
         heads, norm = self.query.shape[1], norm or self.config.norm
         return projected_norms(
             self.value, self._weight(norm), self.in_out, heads, norm, self.triton
+        )
+
+    def layer_preference(self) -> Tensor:
+        """What the layer asks of a common budget, ``[B]``, for ``allocation="cake"``."""
+        return layer_preference(
+            self.query, self.key, self.scale, self.config.window_size, self.real
         )
 
     def prefix(self) -> Tensor:

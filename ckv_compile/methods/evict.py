@@ -145,16 +145,21 @@ class ScoreKV(nn.Module):
         padding: Tensor | None = None,
         adapters: Adapters = (),
     ) -> tuple[Tensor, ...]:
-        """Base scores ``[B, Hkv, K]`` and, if the method has one, the norm; as for ``EvictKV``."""
+        """Base scores ``[B, Hkv, K]`` and, if the method has one, the norm; as for ``EvictKV``.
+
+        Last, if the allocation weighs layers, what this one asks for, ``[B]``.
+        """
         real = None if padding is None else padding.bool()
         operands = (query, key, value, o_proj_weight, self.in_out, scale, None)
         inputs = ScoreInputs(*operands, self.config, real, adapters=adapters)
         scores = scores_of(self.config.method, inputs)
-        return (scores.base,) if scores.norm is None else (scores.base, scores.norm)
+        parts = (scores.base,) if scores.norm is None else (scores.base, scores.norm)
+        return (*parts, inputs.layer_preference()) if self.config.weighs_layers else parts
 
     def extra_repr(self) -> str:
         """All that the body depends on; the compile cache is keyed by it."""
-        return _scored_by(self.config, self.in_out)
+        weighs = self.config.weighs_layers
+        return f"{_scored_by(self.config, self.in_out)}, weighs_layers={weighs}"
 
 
 def _scored_by(config: EvictionConfig, in_out: bool) -> str:

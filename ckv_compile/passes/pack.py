@@ -160,7 +160,7 @@ def _pack(
     graph = gm.graph
     scores = [_score(gm, site, config) for site in group]
     width = len(vocab.value_of(scores[0]))
-    last = scores[-1]
+    last, kwargs = scores[-1], {}
     with graph.inserting_after(last):
         module = PackKV(config)
         gm.add_submodule(name, module)
@@ -169,6 +169,9 @@ def _pack(
     with graph.inserting_before(node):
         for i in range(width):
             parts.append(tuple(_part(graph, score, i, group[0]) for score in scores))
+    if config.weighs_layers:
+        kwargs["preferences"] = parts[-1]
+        width -= 1
     args: tuple[Any, ...] = (
         tuple(site.cache_key for site in group),
         tuple(site.cache_value for site in group),
@@ -179,6 +182,7 @@ def _pack(
     )
     padded = group[0].padding is not None
     node.args = (*args, *((group[0].padding, capacity.row_budgets) if padded else ()))
+    node.kwargs = kwargs
     vocab.annotate(node, module, like=group[0].sdpa)
     inserted = []
     # The capacity's size is the budget; shared out, the total is the same.
