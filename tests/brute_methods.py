@@ -140,7 +140,17 @@ def defensive(q: Array, k: Array, v: Array, w: Array, window: int, width: int) -
     for head in risk:
         head[:prefix] = np.maximum(head[:prefix], head[:prefix].mean())
     norm = over_groups(q, k, lambda h: projected(q, k, v, w, h, 1))
-    return risk * norm / norm.sum(0)
+    scores = risk * norm / norm.sum(0)
+    mean = over_groups(q, k, lambda h: sum(window_rows(q, k, h, window)) / window)[:, :prefix]
+    highest = scores.max()
+    for head, attention in zip(scores, mean, strict=True):
+        carried, left = 0.0, list(range(prefix))
+        while left and carried < 0.9 * attention.sum():
+            most = max(left, key=lambda i: (attention[i], i))
+            left.remove(most)
+            carried += attention[most]
+            head[most] = highest * (1 + attention[most])
+    return scores
 
 
 SCORES = {
