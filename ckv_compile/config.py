@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from .budget import Budget, CacheBytes
-from .registry import METHODS, UNAVAILABLE, bases
+from .registry import METHODS, bases
 
 ALLOCATIONS = ("uniform", "adakv", "headkv", "pyramid", "cake", "global")
 NORMS = ("l1", "l2", "value")
@@ -28,8 +28,8 @@ class EvictionConfig:
         budget: see :class:`Budget`.
         method: "criticalkv" (arXiv 2502.03805), "snapkv" (attention alone, arXiv 2404.14469),
             "h2o", "tova", "streaming_llm", "knorm", "keydiff", "vatp", "caote", "defensive",
-            "laprox", or what :func:`ckv_compile.register_method` was given; each has a file in
-            ``ckv_compile/methods``.
+            "laprox", "expected_attention", or what :func:`ckv_compile.register_method` was given;
+            each has a file in ``ckv_compile/methods``.
         window_size: observation window, the last queries; used for scoring and always kept.
         kernel_size: width of the pooling of attention scores, odd: the largest of the neighbours
             for "snapkv", their mean for "laprox".
@@ -94,8 +94,6 @@ class EvictionConfig:
     mode: str = "default"
 
     def __post_init__(self) -> None:
-        if isinstance(self.method, str) and self.method in UNAVAILABLE:
-            raise ValueError(f"method={self.method!r} is not offered: {UNAVAILABLE[self.method]}")
         _check_choice("method", self.method, tuple(METHODS))
         if isinstance(self.base, str) and self.base in METHODS and not METHODS[self.base].base:
             raise ValueError(
@@ -164,6 +162,12 @@ class EvictionConfig:
         least = self.window_size + self.interval + 1
         takes = f"an int >= window_size + interval + 1 = {least}, or None"
         _check_int("max_entries", self.max_entries, takes, self.max_entries, least)
+        if self.reads_rotation:
+            raise ValueError(
+                f"max_entries={self.max_entries} with method={self.method!r} and "
+                f"base={self.base!r}: the queries that are kept while tokens are generated are "
+                f"rotated already; it takes a method that reads those"
+            )
         if self.packs:
             raise ValueError(
                 f"max_entries={self.max_entries} with allocation={self.allocation!r}; it takes "
@@ -200,6 +204,11 @@ class EvictionConfig:
     def reads_projection(self) -> bool:
         """Whether the scores see values through the output projection."""
         return METHODS[self.method].reads_projection and self.norm != "value"
+
+    @property
+    def reads_rotation(self) -> bool:
+        """Whether the scores see the queries as later positions would turn them."""
+        return any(METHODS[name].reads_rotation for name in (self.method, self.base))
 
     def entries(self, n: int | torch.SymInt, size: CacheBytes | None = None) -> Any:
         """Entries kept per KV head of a prompt of ``n`` tokens; see :meth:`Budget.entries`."""

@@ -153,6 +153,26 @@ def defensive(q: Array, k: Array, v: Array, w: Array, window: int, width: int) -
     return scores
 
 
+def expected_attention(q: Array, k: Array, v: Array, w: Array, window: int, width: int) -> Array:
+    """As if a model's mean rotation turned the head's axes around: no rotation is known here."""
+    return expected_scores(q[..., ::-1], k, v, q.shape[2] ** -0.5)
+
+
+def expected_scores(turned: Array, k: Array, v: Array, scale: float) -> Array:
+    """Of queries ``[H, n, D]`` under the mean rotation of the positions to come."""
+    groups, sizes = len(turned) // len(k), np.sqrt((v**2).sum(-1))
+
+    def score(h: int) -> Array:
+        mu, n = sum(turned[h]) / turned.shape[1], turned.shape[1]
+        sigma = sum(np.outer(x - mu, x - mu) for x in turned[h]) / n
+        keys = k[h // groups]
+        logits = [scale * (mu @ key) + scale**2 / 2 * (key @ sigma @ key) for key in keys]
+        weights = [math.exp(logit - max(logits)) for logit in logits]
+        return np.array(weights) / math.fsum(weights) * sizes[h // groups]
+
+    return over_groups(turned, k, score)
+
+
 SCORES = {
     "snapkv": snapkv,
     "h2o": h2o,
@@ -164,6 +184,7 @@ SCORES = {
     "caote": caote,
     "defensive": defensive,
     "laprox": laprox,
+    "expected_attention": expected_attention,
 }
 
 

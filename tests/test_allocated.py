@@ -109,7 +109,10 @@ def check(method: str, base: str, allocation: str, groups: int, *, compiles: boo
     score, pack = ScoreKV(config, in_out=False), PackKV(config)
 
     def cut(layers: Any, capacity: Tensor, total: Tensor, real: Any, budgets: Any) -> Any:
-        parts = [score(*layer, None, real) for layer in layers]
+        parts = []
+        for layer in layers:
+            own = {"expected": layer[0].flip(-1)} if config.reads_rotation else {}
+            parts.append(score(*layer, None, real, **own))
         more = {"preferences": tuple(p[-1] for p in parts)} if config.weighs_layers else {}
         norms = tuple(p[1] for p in parts) if method == "criticalkv" else ()
         keys, values = (tuple(layer[at] for layer in layers) for at in (1, 2))
