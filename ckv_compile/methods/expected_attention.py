@@ -15,8 +15,7 @@ def expected_attention(inputs: ScoreInputs) -> Scores:
     covariance, were they normal. ``mu`` and ``Sigma``, of each query head, are those of the
     prompt's queries before their rotary embedding, turned by the mean rotation of the next 512
     positions; ``1 / sqrt(d)`` is the model's own scale. The softmax is over all of a row's tokens,
-    every real query counts, and the covariance is divided by their number: these are our choices,
-    for the paper's code leaves the first tokens out.
+    every real query counts, and the covariance is divided by their number: these are our choices.
 
     Of a later piece of a prompt, its own queries say what will be asked.
     """
