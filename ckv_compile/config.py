@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from .budget import Budget, CacheBytes
-from .registry import METHODS, UNAVAILABLE, bases
+from .registry import METHODS, bases
 
-ALLOCATIONS = ("uniform", "adakv", "headkv", "pyramid", "global")
+ALLOCATIONS = ("uniform", "adakv", "headkv", "pyramid", "cake", "global")
 NORMS = ("l1", "l2", "value")
 LOWERINGS = ("auto", "inductor", "aot_eager", "eager")
 LATER_TURNS = ("keep", "evict")
@@ -28,8 +28,8 @@ class EvictionConfig:
         budget: see :class:`Budget`.
         method: "criticalkv" (arXiv 2502.03805), "snapkv" (attention alone, arXiv 2404.14469),
             "h2o", "tova", "streaming_llm", "knorm", "keydiff", "vatp", "caote", "defensive",
-            "laprox", or what :func:`ckv_compile.register_method` was given; each has a file in
-            ``ckv_compile/methods``.
+            "laprox", "expected_attention", or what :func:`ckv_compile.register_method` was given;
+            each has a file in ``ckv_compile/methods``.
         window_size: observation window, the last queries; used for scoring and always kept.
         kernel_size: width of the pooling of attention scores, odd: the largest of the neighbours
             for "snapkv", their mean for "laprox".
@@ -47,8 +47,9 @@ class EvictionConfig:
         allocation: how the budget is shared out; the total is the same for all. "uniform": every
             head of every layer has the same; "adakv": heads of a layer compete (arXiv 2407.11550);
             "headkv": shares from ``head_scores`` (arXiv 2410.19258); "pyramid": fewer from layer to
-            layer (arXiv 2406.02069); "global": all heads of all layers compete. All but "uniform"
-            keep the cut prompt in packed form and need a transformers cache.
+            layer (arXiv 2406.02069); "cake": layers share by the spread and the change of their
+            attention (arXiv 2503.12491); "global": all heads of all layers compete. All but
+            "uniform" keep the cut prompt in packed form and need a transformers cache.
         safeguard: of "adakv", the share of a head's uniform budget that no other head can take.
         head_scores: of "headkv", a number >= 0 for each layer and KV head: nested sequences, a
             tensor ``[layers, heads]``, or the path of a JSON file with nested lists.
@@ -97,8 +98,6 @@ class EvictionConfig:
     mode: str = "default"
 
     def __post_init__(self) -> None:
-        if isinstance(self.method, str) and self.method in UNAVAILABLE:
-            raise ValueError(f"method={self.method!r} is not offered: {UNAVAILABLE[self.method]}")
         _check_choice("method", self.method, tuple(METHODS))
         if isinstance(self.base, str) and self.base in METHODS and not METHODS[self.base].base:
             raise ValueError(
@@ -167,6 +166,12 @@ class EvictionConfig:
         least = self.window_size + self.interval + 1
         takes = f"an int >= window_size + interval + 1 = {least}, or None"
         _check_int("max_entries", self.max_entries, takes, self.max_entries, least)
+        if self.reads_rotation:
+            raise ValueError(
+                f"max_entries={self.max_entries} with method={self.method!r} and "
+                f"base={self.base!r}: the queries that are kept while tokens are generated are "
+                f"rotated already; it takes a method that reads those"
+            )
         if self.packs:
             raise ValueError(
                 f"max_entries={self.max_entries} with allocation={self.allocation!r}; it takes "
@@ -195,9 +200,19 @@ class EvictionConfig:
         return self.allocation != "uniform"
 
     @property
+    def weighs_layers(self) -> bool:
+        """Whether the allocation wants to know what each layer asks for."""
+        return self.allocation == "cake"
+
+    @property
     def reads_projection(self) -> bool:
         """Whether the scores see values through the output projection."""
         return METHODS[self.method].reads_projection and self.norm != "value"
+
+    @property
+    def reads_rotation(self) -> bool:
+        """Whether the scores see the queries as later positions would turn them."""
+        return any(METHODS[name].reads_rotation for name in (self.method, self.base))
 
     def entries(self, n: int | torch.SymInt, size: CacheBytes | None = None) -> Any:
         """Entries kept per KV head of a prompt of ``n`` tokens; see :meth:`Budget.entries`."""

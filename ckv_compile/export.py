@@ -48,7 +48,7 @@ def optimize_program(
     Warns where nothing is cut, with the reasons.
 
     Raises:
-        ValueError: the program is optimised already.
+        ValueError: the program is optimised already; or a method that programs do not take.
     """
     gm, found, report = _rewritten(program, config)
     log.info("%s", report.summary())
@@ -70,6 +70,11 @@ def _rewritten(
     """A copy of the program's graph with eviction nodes, and what was found in it."""
     if any(vocab.is_ours(node) for node in program.graph.nodes):
         raise ValueError("the program is optimised already; give the one that torch.export made")
+    if config.reads_rotation:
+        raise ValueError(
+            f"method={config.method!r} with base={config.base!r} reads how a model rotates its "
+            f"queries, which is not read of exported programs; optimise the model"
+        )
     gm = _copied(program.graph_module)
     training = any(vocab.is_training_dropout(node) for node in gm.graph.nodes)
     sites, rejections = match_sites(gm, training=training, projected=config.reads_projection)

@@ -11,15 +11,6 @@ from pathlib import Path
 from types import FunctionType
 from typing import Any
 
-# Asked for by name and not offered: what is missing for them.
-UNAVAILABLE = {
-    "expected_attention": (
-        "it needs the prompt's queries before their rotary embedding and the angles of the next "
-        "512 positions; a graph's attention has rotated queries alone, and how a model rotates is "
-        "not read"
-    ),
-}
-
 
 @dataclasses.dataclass(frozen=True)
 class Method:
@@ -31,6 +22,8 @@ class Method:
             output projection has to be found.
         base: whether its scores are never negative and grow with what an entry is worth, so that
             CriticalKV may multiply them by a norm.
+        reads_rotation: whether it calls ``expected_query``, so that the rotary embedding has to be
+            read.
         key: what its code is known by in the compile cache; empty for methods of this package,
             whose every source file is part of that key in any case.
     """
@@ -38,6 +31,7 @@ class Method:
     function: Callable[[Any], Any]
     reads_projection: bool = False
     base: bool = False
+    reads_rotation: bool = False
     key: str = ""
 
 
@@ -50,6 +44,7 @@ def register_method(
     *,
     reads_projection: bool = False,
     base: bool = False,
+    reads_rotation: bool = False,
 ) -> None:
     """Make ``EvictionConfig(method=name)``, and so ``optimize(..., method=name)``, take a method.
 
@@ -62,6 +57,7 @@ def register_method(
         reads_projection: whether it asks the inputs for projected norms.
         base: whether ``EvictionConfig(method="criticalkv", base=name)`` takes it: its scores are
             never negative and grow with what an entry is worth.
+        reads_rotation: whether it asks the inputs for expected queries.
 
     Raises:
         TypeError, ValueError: naming the argument and what it takes.
@@ -70,9 +66,10 @@ def register_method(
         raise TypeError(f"name={name!r} is a {type(name).__name__}; it takes a new name, a str")
     if not name.isidentifier():
         raise ValueError(f"name={name!r} is not a name; it takes letters, digits and _")
-    if name in METHODS or name in UNAVAILABLE:
+    if name in METHODS:
         raise ValueError(f"name={name!r} is taken; the names are {', '.join(METHODS)}")
-    for flag, value in (("reads_projection", reads_projection), ("base", base)):
+    flags = {"reads_projection": reads_projection, "base": base, "reads_rotation": reads_rotation}
+    for flag, value in flags.items():
         if not isinstance(value, bool):
             raise TypeError(f"{flag}={value!r}; it takes True or False")
     takes = "it takes a function of one argument, the ScoreInputs, that returns Scores"
@@ -82,7 +79,7 @@ def register_method(
         inspect.signature(function).bind(None)
     except (TypeError, ValueError) as error:
         raise TypeError(f"function={function!r}: {error}; {takes}") from None
-    METHODS[name] = Method(function, reads_projection, base, key_of(function))
+    METHODS[name] = Method(function, reads_projection, base, reads_rotation, key_of(function))
 
 
 def bases() -> tuple[str, ...]:

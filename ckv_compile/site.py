@@ -56,6 +56,7 @@ class Reason(enum.Enum):
     DECOMPOSED = "optimise the program that torch.export made, and decompose the optimised one"
     ATTENTION_UNREADABLE = 'use scaled_dot_product_attention (attn_implementation="sdpa")'
     MASK_UNREADABLE = "use is_causal=True, or a mask that compares key and query positions"
+    ROTATION = "score by another method: this one reads how a model rotates its queries"
     BIAS_UNREADABLE = "compute the bias from positions and parameters alone"
 
 

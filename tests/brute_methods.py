@@ -140,7 +140,37 @@ def defensive(q: Array, k: Array, v: Array, w: Array, window: int, width: int) -
     for head in risk:
         head[:prefix] = np.maximum(head[:prefix], head[:prefix].mean())
     norm = over_groups(q, k, lambda h: projected(q, k, v, w, h, 1))
-    return risk * norm / norm.sum(0)
+    scores = risk * norm / norm.sum(0)
+    mean = over_groups(q, k, lambda h: sum(window_rows(q, k, h, window)) / window)[:, :prefix]
+    highest = scores.max()
+    for head, attention in zip(scores, mean, strict=True):
+        carried, left = 0.0, list(range(prefix))
+        while left and carried < 0.9 * attention.sum():
+            most = max(left, key=lambda i: (attention[i], i))
+            left.remove(most)
+            carried += attention[most]
+            head[most] = highest * (1 + attention[most])
+    return scores
+
+
+def expected_attention(q: Array, k: Array, v: Array, w: Array, window: int, width: int) -> Array:
+    """As if a model's mean rotation turned the head's axes around: no rotation is known here."""
+    return expected_scores(q[..., ::-1], k, v, q.shape[2] ** -0.5)
+
+
+def expected_scores(turned: Array, k: Array, v: Array, scale: float) -> Array:
+    """Of queries ``[H, n, D]`` under the mean rotation of the positions to come."""
+    groups, sizes = len(turned) // len(k), np.sqrt((v**2).sum(-1))
+
+    def score(h: int) -> Array:
+        mu, n = sum(turned[h]) / turned.shape[1], turned.shape[1]
+        sigma = sum(np.outer(x - mu, x - mu) for x in turned[h]) / n
+        keys = k[h // groups]
+        logits = [scale * (mu @ key) + scale**2 / 2 * (key @ sigma @ key) for key in keys]
+        weights = [math.exp(logit - max(logits)) for logit in logits]
+        return np.array(weights) / math.fsum(weights) * sizes[h // groups]
+
+    return over_groups(turned, k, score)
 
 
 SCORES = {
@@ -154,6 +184,7 @@ SCORES = {
     "caote": caote,
     "defensive": defensive,
     "laprox": laprox,
+    "expected_attention": expected_attention,
 }
 
 

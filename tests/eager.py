@@ -138,13 +138,16 @@ def packed_prefill(
     bases, norms = zip(*(call.scores(config) for call in calls), strict=True)
     real = torch.ones_like(ids, dtype=torch.bool)
     rows = torch.full((len(ids),), config.entries(ids.shape[1]))
+    window = config.window_size
+    asked = [reference_packed.layer_preference(c.query, c.key, c.scale, window) for c in calls]
     budgets = reference_packed.head_budgets(
-        bases, rows, config.window_size, real, config.allocation, config.safeguard, head_scores
-    )
+        bases, rows, window, real, config.allocation, config.safeguard, head_scores,
+        torch.stack(asked, 1),
+    )  # fmt: skip
     return [
         reference_packed.pack(
             [call.key], [call.value], [base], [norm] if config.method == "criticalkv" else [],
-            [budget], config.window_size, config.first_stage_ratio, config.epsilon, real,
+            [budget], window, config.first_stage_ratio, config.epsilon, real,
         )
         for call, base, norm, budget in zip(calls, bases, norms, budgets, strict=True)
     ]  # fmt: skip

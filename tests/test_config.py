@@ -74,7 +74,6 @@ REFUSED_VALUES: list[tuple[str, Any, type[Exception], str]] = [
     ("epsilon", False, TypeError, "a finite float >= 0"),
     ("epsilon", None, TypeError, "a finite float >= 0"),
     ("method", "h3o", ValueError, "'criticalkv', 'snapkv', 'h2o'"),
-    ("method", "expected_attention", ValueError, "not offered: .* before their rotary embedding"),
     ("method", "CriticalKV", ValueError, "'criticalkv', 'snapkv'"),
     ("method", None, TypeError, "'criticalkv', 'snapkv'"),
     ("base", "h3o", ValueError, "'snapkv', 'h2o', 'tova', 'vatp'"),

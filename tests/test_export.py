@@ -334,6 +334,7 @@ def test_explain_needs_no_inputs_and_names_the_weights(llama):
         ({"rewrite_gqa": False}, "rewrite_gqa=False"),
         ({"share_regions": False}, "share_regions=False"),
         ({"budget": 1.5}, "budget=1.5"),
+        ({"method": "expected_attention"}, "not read of exported programs"),
     ],
 )
 def test_options_of_a_running_model_are_refused_by_name(plain, options, error):

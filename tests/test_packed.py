@@ -17,7 +17,7 @@ from ckv_compile import EvictedCache, EvictionConfig
 
 TABLE = [[1.0, 3.0], [0.5, 2.5]]
 HEAD_SCORES = {"head_scores": TABLE}
-ALLOCATIONS = ("adakv", "global", "pyramid", "headkv")
+ALLOCATIONS = ("adakv", "global", "cake", "pyramid", "headkv")
 OPTIONS = {"window_size": 8, "lowering": "eager"}
 
 
@@ -51,6 +51,8 @@ def over(*allocations: object):
 
 # Those that look at no scores differ from the others in numbers alone.
 ALL = ["adakv", "global", *(pytest.param(name, marks=pytest.mark.slow) for name in ALLOCATIONS[2:])]
+# The allocation that weighs layers is in the fast tests once.
+WEIGHED = ["adakv", "global", pytest.param("cake", marks=pytest.mark.slow)]
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +67,7 @@ def at(packed, budget: float):
     return ckv_compile.optimize(model, budget, **options_of(allocation))
 
 
-@over(*ALL)
+@over(*ALL[:2], "cake", *ALL[3:])
 @pytest.mark.parametrize("budget", [0.4, 0.7])
 def test_entries_and_tokens_are_the_oracles(packed, budget):
     """Shapes alone prove nothing: entries by head, and the tokens that they lead to."""
@@ -97,7 +99,7 @@ def test_heads_really_differ(packed):
     assert len(set(lengths.tolist())) > 1 and int(lengths.sum()) == 4 * (28 - 2)
 
 
-@over("adakv", "global")
+@over(*WEIGHED)
 def test_full_budget_gives_the_untouched_models_tokens(packed):
     model, plain = at(packed, 1.0), tiny()
     for n in (70, 33):
@@ -105,7 +107,7 @@ def test_full_budget_gives_the_untouched_models_tokens(packed):
         assert torch.equal(generated(model, ids, 10).sequences, generated(plain, ids, 10).sequences)
 
 
-@over("adakv", "global")
+@over(*WEIGHED)
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padded_rows_are_the_rows_alone(packed, side):
     """Each row keeps what it would keep alone; what stands in for pads is never read."""
@@ -245,7 +247,7 @@ def test_options_are_checked():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("lowering", ["aot_eager", "inductor"])
-@pytest.mark.parametrize("allocation", ["adakv", "global"])
+@pytest.mark.parametrize("allocation", ["adakv", "global", "cake"])
 def test_lowered_graphs_agree(allocation, lowering):
     ids = prompt(70, batch=2)
     tokens = [

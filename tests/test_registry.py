@@ -64,7 +64,6 @@ def takes_two(inputs: ScoreInputs, more: int) -> Scores:
     ("name", "function", "error", "message"),
     [
         ("snapkv", mine, ValueError, "name='snapkv' is taken; the names are criticalkv, snapkv"),
-        ("expected_attention", mine, ValueError, "is taken"),
         ("my method", mine, ValueError, "it takes letters, digits and _"),
         (3, mine, TypeError, "name=3 is a int; it takes a new name"),
         ("mine", 3, TypeError, "function=3 is not a function; it takes a function of one"),

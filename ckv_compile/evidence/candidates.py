@@ -32,6 +32,12 @@ class Candidate:
                     f"{self.label}: {name}={given!r} is not measured here; it takes {taken!r}"
                 )
 
+        if self.config.reads_rotation:
+            raise ValueError(
+                f"{self.label}: method={self.config.method!r} is not measured here: it reads "
+                f"queries from before their rotary embedding, which a compiled prefill alone shows"
+            )
+
     def at(self, budget: Spec) -> EvictionConfig:
         return dataclasses.replace(self.config, budget=budget)
 

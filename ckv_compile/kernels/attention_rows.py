@@ -85,7 +85,7 @@ def _attention_rows(
         queries = queries if asked is None else queries[-asked:]
         for g in range(kv_heads if prefix and len(queries) else 0):
             members = slice(g * groups, (g + 1) * groups)
-            blocks = _rows_in_blocks(
+            blocks = rows_in_blocks(
                 query[b, members],
                 key[b, g].index_select(0, row).float(),
                 queries,
@@ -112,7 +112,7 @@ def _(query: Tensor, key: Tensor, *options: Any) -> Tensor:
     return query.new_empty(shape, dtype=torch.float32)
 
 
-def _rows_in_blocks(
+def rows_in_blocks(
     query: Tensor,
     keys: Tensor,
     queries: Tensor,

@@ -32,6 +32,7 @@ def head_budgets(
     allocation: str,
     safeguard: float = 0.2,
     head_scores: Sequence[float] = (),
+    preferences: Tensor | None = None,
 ) -> list[Tensor]:
     """Entries that each head of each layer keeps, ``[B, Hkv]``; see METHODS in the docs."""
     budgets = [torch.zeros(base.shape[:2], dtype=torch.int64) for base in bases]
@@ -54,13 +55,17 @@ def head_budgets(
         elif allocation == "global":
             for i in range(len(bases)):
                 layer = bases[i][b, :, prefix]
-                total = layer.sum().clamp(min=torch.finfo(torch.float32).tiny)
+                total = layer.double().sum().float().clamp(min=torch.finfo(torch.float32).tiny)
                 for h in range(bases[i].shape[1]):
                     normed = bases[i][b, h] / total
                     scores[i, h] = {p: float(normed[p]) for p in prefix}
             shares = _counts(scores, extra * len(slots))
         elif allocation == "pyramid":
             each = pyramid(extra, most, len(bases))
+            shares = {(i, h): each[i] for i, h in slots}
+        elif allocation == "cake":
+            assert preferences is not None
+            each = cake(preferences[b].tolist(), extra, most)
             shares = {(i, h): each[i] for i, h in slots}
         else:
             total = sum(Fraction(score) for score in head_scores)
@@ -87,6 +92,51 @@ def pyramid(extra: int, most: int, layers: int) -> list[int]:
     quota = {i: first - i * (first - last) / (layers - 1) for i in range(layers)}
     each = capped(apportioned(quota, extra * layers), most)
     return [each[i] for i in range(layers)]
+
+
+def cake(preferences: Sequence[float], extra: int, most: int) -> list[int]:
+    """Entries beyond the window of each layer, by what it asks for (arXiv 2503.12491)."""
+    asked = [Fraction(one) for one in preferences]
+    asked = asked if sum(asked) else [Fraction(1) for _ in asked]
+    parts = [round(one / sum(asked) * 10**6) for one in asked]
+    pool = extra * len(parts)
+    quota = {i: Fraction(pool * part, sum(parts)) for i, part in enumerate(parts)}
+    each = capped(apportioned(quota, pool), most)
+    return [each[i] for i in range(len(parts))]
+
+
+def layer_preference(
+    query: Tensor, key: Tensor, scale: float | None, window_size: int, real: Tensor | None = None
+) -> Tensor:
+    """CAKE's ``H^(1/1.6) * V^(1/0.6)`` of each row, ``[B]``, in float64 (arXiv 2503.12491).
+
+    Of the attention ``A`` of the row's last ``window_size`` queries, all heads, on the keys before
+    the window: ``H`` is the sum of ``-A log A``, ``V`` the sum of the variances among queries. The
+    paper leaves open which keys count and how heads are combined: these are our choices.
+    """
+    batch, heads, q_len, head_dim = query.shape
+    kv_heads, kv_len = key.shape[1:3]
+    scale = 1 / math.sqrt(head_dim) if scale is None else scale
+    preferences = torch.zeros(batch, dtype=torch.float64)
+    for b in range(batch):
+        row = torch.arange(kv_len) if real is None else real[b].nonzero()[:, 0]
+        prefix = len(row) - window_size
+        asking = [t for t in range(len(row)) if row[t] >= kv_len - q_len][-window_size:]
+        if prefix <= 0 or not asking:
+            continue
+        entropy = variance = 0.0
+        for h in range(heads):
+            keys = key[b, h // (heads // kv_heads), row].double()
+            rows = []
+            for t in asking:
+                logits = keys[: t + 1] @ query[b, h, row[t] - (kv_len - q_len)].double() * scale
+                rows.append(logits.softmax(-1)[:prefix].tolist())
+            entropy -= sum(a * math.log(a) for attention in rows for a in attention if a > 0)
+            for column in zip(*rows, strict=True):
+                mean = sum(column) / len(column)
+                variance += sum((a - mean) ** 2 for a in column) / len(column)
+        preferences[b] = entropy ** (1 / 1.6) * variance ** (1 / 0.6)
+    return preferences
 
 
 def apportioned(quota: dict[Any, Any], total: int) -> dict[Any, int]:

@@ -6,6 +6,7 @@ from ..registry import register_method
 from .caote import caote
 from .criticalkv import criticalkv
 from .defensive import defensive
+from .expected_attention import expected_attention
 from .h2o import h2o
 from .keydiff import keydiff
 from .knorm import knorm
@@ -26,3 +27,4 @@ register_method("vatp", vatp, base=True)
 register_method("caote", caote, base=True)
 register_method("defensive", defensive, reads_projection=True, base=True)
 register_method("laprox", laprox, reads_projection=True, base=True)
+register_method("expected_attention", expected_attention, base=True, reads_rotation=True)

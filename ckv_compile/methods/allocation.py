@@ -25,11 +25,13 @@ HEADKV_BETA = Fraction(101, 100)
 class Shares:
     """What some allocations want to know: options of :class:`ckv_compile.EvictionConfig`.
 
-    ``head_scores`` are those of all layers, one after the other.
+    ``head_scores`` are those of all layers, one after the other; ``preferences`` ``[B, L]`` float32
+    what each layer asks for.
     """
 
     safeguard: float = 0.2
     head_scores: tuple[float, ...] | None = None
+    preferences: Tensor | None = None
 
 
 # Scores [B, Hkv, K] of each layer, extra [B], candidates [B, K] -> [B, Hkv] int64 of each layer.
@@ -71,7 +73,8 @@ def global_(
     normed = []
     for layer in scores:
         seen = layer.masked_fill(~candidates[:, None], 0.0)
-        total = seen.sum((1, 2), keepdim=True)
+        # In float64: shares that are equal stay so, in whatever order a device adds.
+        total = seen.sum((1, 2), keepdim=True, dtype=torch.float64).float()
         normed.append(seen / total.clamp(min=torch.finfo(torch.float32).tiny))
     heads = [layer.shape[1] for layer in scores]
     return list(_counts(normed, extra, candidates).split(heads, dim=1))
@@ -122,12 +125,32 @@ def headkv(
     return list(_capped(each, candidates.sum(-1)).split(heads, dim=1))
 
 
+def cake(
+    scores: Sequence[Tensor], extra: Tensor, candidates: Tensor, shares: Shares
+) -> list[Tensor]:
+    """Layers share a pool by what they ask for (CAKE, arXiv 2503.12491), their heads alike.
+
+    Preferences are read to one part in a million of a row's; a row without any is shared out
+    evenly. What a layer has no entries for goes to those that got most.
+    """
+    layers = len(scores)
+    assert shares.preferences is not None
+    asked = shares.preferences.double().nan_to_num(nan=0.0, posinf=0.0)
+    asked = asked.masked_fill(asked.sum(-1, keepdim=True) == 0, 1.0)
+    parts = (asked / asked.sum(-1, keepdim=True) * 10**6).round().long()  # [B, L]
+    quota = extra[:, None] * layers * parts
+    each = _apportioned(quota, parts.sum(-1, keepdim=True), extra * layers)
+    each = _capped(each, candidates.sum(-1))
+    return [each[:, i, None].expand(-1, layer.shape[1]) for i, layer in enumerate(scores)]
+
+
 ALLOCATIONS: dict[str, Allocation] = {
     "uniform": uniform,
     "adakv": adakv,
     "global": global_,
     "pyramid": pyramid,
     "headkv": headkv,
+    "cake": cake,
 }
 
 

@@ -12,6 +12,7 @@ from ..config import EvictionConfig
 from ..kernels.adapters import Adapters, with_adapters
 from ..kernels.attention_rows import attention_rows
 from ..kernels.device import takes_triton
+from ..kernels.layer_preference import layer_preference
 from ..kernels.projected_norm import UnmadeNorm, projected_norms
 from ..kernels.window_attention import cross_attention, window_attention, window_of
 from ..registry import METHODS
@@ -50,6 +51,7 @@ class ScoreInputs:
     sinks: Tensor | None = None  # [H], logits beside those of the keys
     cross: bool = False  # K and V are an encoder's
     adapters: Adapters = ()
+    expected: Tensor | None = None  # [B, H, Q, D], see expected_query
 
     @property
     def triton(self) -> bool:
@@ -102,6 +104,24 @@ class ScoreInputs:
         heads, norm = self.query.shape[1], norm or self.config.norm
         return projected_norms(
             self.value, self._weight(norm), self.in_out, heads, norm, self.triton
+        )
+
+    def expected_query(self) -> Tensor:
+        """The call's queries under the mean rotation of the next positions, ``[B, H, Q, D]``.
+
+        As they are before their own rotary embedding, and then turned; in the model's dtype.
+        """
+        if self.expected is None:
+            raise ValueError(
+                f"method={self.config.method!r} asks for expected queries, which are read from a "
+                f"compiled prefill alone; a method of your own says reads_rotation=True"
+            )
+        return self.expected
+
+    def layer_preference(self) -> Tensor:
+        """What the layer asks of a common budget, ``[B]``, for ``allocation="cake"``."""
+        return layer_preference(
+            self.query, self.key, self.scale, self.config.window_size, self.real
         )
 
     def prefix(self) -> Tensor:

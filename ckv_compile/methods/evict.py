@@ -58,6 +58,7 @@ class EvictKV(nn.Module):
         biases: tuple[Tensor, ...] = (),
         sinks: Tensor | None = None,
         adapters: Adapters = (),
+        expected: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """``[B, Hkv, K, D]`` to ``[B, Hkv, budget, D]``, and where those stood.
 
@@ -73,6 +74,7 @@ class EvictKV(nn.Module):
         average, as the heads of a group do.
 
         ``adapters`` are added to ``o_proj_weight``, which is None where no score asks for it.
+        ``expected`` ``[B, H, Q, D]`` are the queries as later positions would turn them.
         """
         kv_len = key.shape[2]
         if capacity is None:
@@ -96,6 +98,7 @@ class EvictKV(nn.Module):
             sinks,
             self.cross,
             adapters,
+            expected,
         )
         scores = scores_of(self.config.method, inputs)
         base, norm = scores.base, scores.norm
@@ -145,18 +148,24 @@ class ScoreKV(nn.Module):
         scale: Any = None,
         padding: Tensor | None = None,
         adapters: Adapters = (),
+        expected: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
-        """Base scores ``[B, Hkv, K]`` and, if the method has one, the norm; as for ``EvictKV``."""
+        """Base scores ``[B, Hkv, K]`` and, if the method has one, the norm; as for ``EvictKV``.
+
+        Last, if the allocation weighs layers, what this one asks for, ``[B]``.
+        """
         real = None if padding is None else padding.bool()
         operands = (query, key, value, o_proj_weight, self.in_out, scale, None)
-        inputs = ScoreInputs(*operands, self.config, real, adapters=adapters)
+        inputs = ScoreInputs(*operands, self.config, real, adapters=adapters, expected=expected)
         scores = scores_of(self.config.method, inputs)
         norm = scores.made_norm
-        return (scores.base,) if norm is None else (scores.base, norm)
+        parts = (scores.base,) if norm is None else (scores.base, norm)
+        return (*parts, inputs.layer_preference()) if self.config.weighs_layers else parts
 
     def extra_repr(self) -> str:
         """All that the body depends on; the compile cache is keyed by it."""
-        return _scored_by(self.config, self.in_out)
+        weighs = self.config.weighs_layers
+        return f"{_scored_by(self.config, self.in_out)}, weighs_layers={weighs}"
 
 
 def _scored_by(config: EvictionConfig, in_out: bool) -> str:

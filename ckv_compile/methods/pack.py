@@ -33,6 +33,7 @@ class PackKV(nn.Module):
         total: Tensor,
         padding: Tensor | None = None,
         row_budgets: Tensor | None = None,
+        preferences: tuple[Tensor, ...] = (),
     ) -> tuple[Tensor, ...]:
         """Of each layer ``[B, Hkv, K, *]`` and its scores ``[B, Hkv, K]``; no norms if none asks.
 
@@ -40,6 +41,7 @@ class PackKV(nn.Module):
             capacity: as long as the budget per head, ``row_budgets`` ``[B]`` those of the rows
                 that ``padding`` ``[B, K]`` pads.
             total: of all rows' budgets together what is packed, see ``sized``.
+            preferences: ``[B]`` of each layer, for the allocation that weighs layers.
 
         Returns:
             K and V ``[T, *]``; then for each layer where its heads begin in them, ``[B*Hkv + 1]``
@@ -64,6 +66,7 @@ class PackKV(nn.Module):
             config.allocation,
             config.safeguard,
             None if scores is None else [score for row in scores for score in row],
+            torch.stack(preferences, 1) if preferences else None,
         )
         heads = [key.shape[0] * key.shape[1] for key in keys]
         ends = [sum(heads[: i + 1]) for i in range(len(heads))]
@@ -157,13 +160,15 @@ def _pack(
     allocation: str,
     safeguard: float,
     head_scores: list[float] | None,
+    preferences: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, _, kv_len, _ = keys[0].shape
     if real is None:
         real = torch.ones(1, 1, dtype=torch.bool, device=keys[0].device).expand(batch, kv_len)
     if row_budgets is None:
         row_budgets = real.new_full((batch,), budget, dtype=torch.int64)
-    shares = Shares(safeguard, None if head_scores is None else tuple(head_scores))
+    measured = None if head_scores is None else tuple(head_scores)
+    shares = Shares(safeguard, measured, preferences)
     window_size = max(window_size, TAIL)
     tail = in_window(real, TAIL)[:, None]
     budgets = head_budgets(bases, row_budgets, window_size, real, allocation, shares)

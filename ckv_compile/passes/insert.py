@@ -183,6 +183,7 @@ def insert_eviction(
     config: EvictionConfig,
     capacity: Capacity | None = None,
     recent: Mapping[int, Node] | None = None,
+    expected: Mapping[Node, Node] | None = None,
 ) -> tuple[Inserted, ...]:
     """Add ``ckv_evict_i(query, key, value, o_proj_weight, scale)`` behind each site of a prefill.
 
@@ -191,8 +192,9 @@ def insert_eviction(
 
     Attention in this call still reads all of K and V; only what the cache keeps is cut. A later
     piece of a prompt is cut like its first one, if the ``capacity`` says so, and so is a single
-    token's call, scored by the ``recent`` queries of its site. A graph that has eviction nodes
-    already is left as it is, so a second run inserts nothing.
+    token's call, scored by the ``recent`` queries of its site. ``expected`` are queries as later
+    positions would turn them, by the attention. A graph that has eviction nodes already is left as
+    it is, so a second run inserts nothing.
     """
     cut = [site for site in sites if site.phase in (phase_of(capacity), "cross")]
     done = any(isinstance(module, EvictKV) for module in gm.modules())
@@ -207,9 +209,11 @@ def insert_eviction(
         cut = [site for site in cut if site.index in queries]
     else:
         queries = {}
+    later = expected or {}
     inserted = tuple(
-        _insert(gm, site, config, capacity, entry, queries.get(site.index, site.query))
+        _insert(gm, site, config, capacity, entry, query, later.get(site.sdpa))
         for site in cut
+        for query in [queries.get(site.index, site.query)]
     )
     gm.graph.lint()
     gm.recompile()
@@ -229,6 +233,7 @@ def _insert(
     capacity: Capacity | None,
     entry: int,
     query: Node,
+    expected: Node | None,
 ) -> Inserted:
     cross = site.phase == "cross"
     given = capacity is not None and capacity.fits(site) and not cross
@@ -255,6 +260,8 @@ def _insert(
             kwargs["sinks"] = site.sinks
         if adapters:
             kwargs["adapters"] = adapters
+        if expected is not None:
+            kwargs["expected"] = expected
         node = graph.call_module(name, args, kwargs)
     vocab.annotate(node, module, like=site.sdpa)
     outputs = _outputs_for(site, capacity)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -128,6 +128,7 @@ def insert_packing(
     config: EvictionConfig,
     capacity: Capacity | None,
     wanted: dict[Node, Wanted],
+    expected: Mapping[Node, Node] | None = None,
 ) -> tuple[Inserted, ...]:
     """Score each site, pack layers together, and give the cache what is left.
 
@@ -143,7 +144,7 @@ def insert_packing(
     groups = [[site] for site in cut] if by_layer else [cut]
     inserted: list[Inserted] = []
     for number, group in enumerate(groups):
-        inserted += _pack(gm, f"ckv_pack_{number}", group, config, capacity, wanted)
+        inserted += _pack(gm, f"ckv_pack_{number}", group, config, capacity, wanted, expected or {})
     gm.graph.lint()
     gm.recompile()
     return tuple(inserted)
@@ -156,11 +157,12 @@ def _pack(
     config: EvictionConfig,
     capacity: Capacity,
     wanted: dict[Node, Wanted],
+    expected: Mapping[Node, Node],
 ) -> list[Inserted]:
     graph = gm.graph
-    scores = [_score(gm, site, config) for site in group]
+    scores = [_score(gm, site, config, expected.get(site.sdpa)) for site in group]
     width = len(vocab.value_of(scores[0]))
-    last = scores[-1]
+    last, kwargs = scores[-1], {}
     with graph.inserting_after(last):
         module = PackKV(config)
         gm.add_submodule(name, module)
@@ -169,6 +171,9 @@ def _pack(
     with graph.inserting_before(node):
         for i in range(width):
             parts.append(tuple(_part(graph, score, i, group[0]) for score in scores))
+    if config.weighs_layers:
+        kwargs["preferences"] = parts[-1]
+        width -= 1
     args: tuple[Any, ...] = (
         tuple(site.cache_key for site in group),
         tuple(site.cache_value for site in group),
@@ -179,6 +184,7 @@ def _pack(
     )
     padded = group[0].padding is not None
     node.args = (*args, *((group[0].padding, capacity.row_budgets) if padded else ()))
+    node.kwargs = kwargs
     vocab.annotate(node, module, like=group[0].sdpa)
     inserted = []
     # The capacity's size is the budget; shared out, the total is the same.
@@ -199,7 +205,9 @@ def _pack(
     return inserted
 
 
-def _score(gm: GraphModule, site: AttentionSite, config: EvictionConfig) -> Node:
+def _score(
+    gm: GraphModule, site: AttentionSite, config: EvictionConfig, expected: Node | None
+) -> Node:
     graph = gm.graph
     projection = site.projection if config.reads_projection else None
     module = ScoreKV(config, projection is not None and projection.matrix.in_out)
@@ -209,7 +217,10 @@ def _score(gm: GraphModule, site: AttentionSite, config: EvictionConfig) -> Node
     with graph.inserting_before(end.next):
         weight, adapters = insert_weight(graph, projection) if projection else (None, ())
         args = (site.query, site.cache_key, site.cache_value, weight, site.scale, site.padding)
-        node = graph.call_module(name, args, {"adapters": adapters} if adapters else {})
+        kwargs: dict[str, Any] = {"adapters": adapters} if adapters else {}
+        if expected is not None:
+            kwargs["expected"] = expected
+        node = graph.call_module(name, args, kwargs)
     vocab.annotate(node, module, like=site.sdpa)
     return node
 

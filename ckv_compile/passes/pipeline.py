@@ -18,6 +18,7 @@ from .match import match_sites
 from .pack import insert_packing, take_packed, without_unpacked
 from .positions import without_counting_caches
 from .recent import keep_queries
+from .rotation import turn_queries, without_unread
 from .verify import verify
 
 
@@ -62,15 +63,19 @@ def rewrite(
     # Our own caches know how many tokens they have seen.
     if not counted and not (capacity is not None and capacity.strict):
         sites, rejections = without_counting_caches(sites, rejections)
+    if config.reads_rotation:
+        sites, rejections = without_unread(gm, sites, rejections, phase_of(capacity))
     wanted = take_packed(gm)
     sites, rejections = without_unpacked(sites, rejections, wanted, config)
     recent = keep_queries(gm, sites, config.window_size)
+    turns = config.reads_rotation
+    expected = turn_queries(gm, sites, phase_of(capacity)) if turns else {}
     before = vocab.outputs_of(gm)
     # What is packed is cut; the other pass finds it done.
-    packed = insert_packing(gm, sites, config, capacity, wanted)
+    packed = insert_packing(gm, sites, config, capacity, wanted, expected)
     done = {one.site.index for one in packed}
     rest = [site for site in sites if site.index not in done]
-    inserted = (*packed, *insert_eviction(gm, rest, config, capacity, recent))
+    inserted = (*packed, *insert_eviction(gm, rest, config, capacity, recent, expected))
     dense = attend_packed(gm, sites, prefixes, config.lowering)
     folded = fold_groups(gm, dense) if config.rewrite_gqa else ()
     # Always last: a wrong graph must not run.

@@ -33,6 +33,10 @@ _REGROUP |= {"_unsafe_view"}
 _CASTS = {"to", "bool", "type", "contiguous", "clone", "_to_copy"}
 # Ops that read a tensor's shape or dtype and none of its numbers.
 _MEASURES = {"size", "sym_size", "_assert_tensor_metadata"}
+_SUMS = {"add", "__add__", "sub", "__sub__"}
+# A part of a tensor, the parts together, or their negatives.
+_PARTS = {"getitem", "slice", "narrow", "chunk", "split", "split_with_sizes", "tensor_split"}
+_PARTS |= {"unbind", "select", "neg", "negative", "__neg__"}
 _CONSTANTS = {"zeros", "ones", "empty", "new_zeros", "new_ones", "new_empty"}
 _UPDATES = {"index_copy", "index_put", "scatter", "slice_scatter", "select_scatter"}
 _CLOSED = {
@@ -445,6 +449,49 @@ def factor_of(node: Node, source: Node) -> Node | None:
     # Of another shape, what it multiplies may be spread over new axes.
     same = isinstance(other, torch.Tensor) and shape_of(node) == shape
     return others[0] if same else None
+
+
+def factors_of(node: Node) -> tuple[Node, Node] | None:
+    """The two tensors of which ``node`` is the product, element by element."""
+    if name_of(node) not in ("mul", "__mul__", "multiply") or len(node.args) != 2:
+        return None
+    first, second = node.args
+    tensors = [one for one in node.args if isinstance(value_of(one), torch.Tensor)]
+    return (first, second) if len(tensors) == 2 else None
+
+
+def is_angle(node: Node) -> bool:
+    """Cosines or sines."""
+    return name_of(node) in ("cos", "sin") and node.op in ("call_function", "call_method")
+
+
+def sums(node: Node) -> bool:
+    """The sum or difference of two tensors."""
+    return name_of(node) in _SUMS
+
+
+def linear_operands(node: Node) -> list[Node]:
+    """What ``node`` is linear in by itself, entry by entry: its parts, moved, scaled or added.
+
+    Of a sum both tensors; of anything else, a product of tensors among them, nothing.
+    """
+    if node.op not in ("call_function", "call_method") or not node.args or is_in_place(node):
+        return []
+    name, first = name_of(node), node.args[0]
+    if name in ("cat", "concat", "concatenate", "stack"):
+        return list(first) if isinstance(first, (list, tuple)) else []
+    if name in _SUMS:
+        both = [arg for arg in node.args if isinstance(value_of(arg), torch.Tensor)]
+        return both if len(both) == 2 and len(node.args) == 2 and not node.kwargs else []
+    scaled = scaling_of(node)
+    if scaled is not None:
+        return [scaled[0]]
+    if name == "getitem" and any(
+        isinstance(value_of(n), torch.Tensor) for n in node.all_input_nodes[1:]
+    ):
+        return []  # chosen by another tensor
+    one = name in _PARTS or layout_op_of(node) is not None
+    return [first] if one and isinstance(first, Node) else []
 
 
 def only_measures(node: Node, source: Node) -> bool:

@@ -52,17 +52,20 @@ def layers(draw: st.DrawFn):
         n = int(row.sum())
         budgets.append(draw(st.integers(min(n, window + 1), n)))
     table = torch.rand(number * heads, generator=generator).tolist()
-    return bases, norms, window, real, torch.tensor(budgets), table
+    # Of very different weight, and of none at all.
+    asked = torch.rand(batch, number, generator=generator) ** draw(st.sampled_from([0, 1, 9]))
+    asked[0] *= draw(st.sampled_from([0.0, 1e-20, 1.0]))
+    return bases, norms, window, real, torch.tensor(budgets), table, asked
 
 
 @SETTINGS
 @given(layers(), ALLOCATION, st.sampled_from([0.0, 0.2, 1.0]))
 def test_allocations_are_the_references_and_exact(drawn, allocation, safeguard):
-    bases, _, window, real, row_budgets, table = drawn
-    shares = Shares(safeguard, tuple(table))
+    bases, _, window, real, row_budgets, table, asked = drawn
+    shares = Shares(safeguard, tuple(table), asked)
     got = pack.head_budgets(bases, row_budgets, window, real, allocation, shares)
     expected = reference.head_budgets(
-        bases, row_budgets, window, real, allocation, safeguard, table
+        bases, row_budgets, window, real, allocation, safeguard, table, asked
     )
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
     total = sum(layer.sum(-1) for layer in got)
@@ -76,12 +79,14 @@ def test_allocations_are_the_references_and_exact(drawn, allocation, safeguard):
 @given(layers(), ALLOCATION, st.sampled_from([0.0, 0.5, 1.0]), DTYPES)
 def test_packed_entries_are_the_references(drawn, allocation, ratio, dtype):
     """The kept entries without the last two of each head, which begin the tail."""
-    bases, norms, window, real, row_budgets, table = drawn
+    bases, norms, window, real, row_budgets, table, asked = drawn
     assume(int(row_budgets.min()) >= TAIL)
     keys = [torch.randn(*base.shape, 3).to(dtype) for base in bases]
     values = [torch.randn(*base.shape, 5).to(dtype) for base in bases]
     window = max(window, TAIL)
-    budgets = reference.head_budgets(bases, row_budgets, window, real, allocation, 0.2, table)
+    budgets = reference.head_budgets(
+        bases, row_budgets, window, real, allocation, 0.2, table, asked
+    )
     kept = reference.pack(keys, values, bases, norms, budgets, window, ratio, 1e-4, real)
     ends = kept[2][1:].long()
     packed = torch.ones(len(kept[0]), dtype=torch.bool)
@@ -91,7 +96,7 @@ def test_packed_entries_are_the_references(drawn, allocation, ratio, dtype):
     entries = (int(row_budgets.sum()) - TAIL * len(real)) * sum(base.shape[1] for base in bases)
     got = torch.ops.ckv_compile.pack(
         keys, values, bases, norms, int(row_budgets.max()), entries, real, row_budgets,
-        window, [round(2 * ratio), 2], 1e-4, allocation, 0.2, table,
+        window, [round(2 * ratio), 2], 1e-4, allocation, 0.2, table, asked,
     )  # fmt: skip
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
