@@ -15,6 +15,7 @@ from ..api import explain
 from ..config import EvictionConfig
 from . import evaluate, headscores, studies
 from .asker import Asker
+from .candidates import every_candidate
 from .evaluate import SETTINGS, Plan
 from .models import SMOLLM2
 from .perturbation import LayerRow, perturbation
@@ -110,8 +111,9 @@ def run_headscores(parser: argparse.ArgumentParser, args: argparse.Namespace) ->
 
 def run_eval(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     """Questions about long texts; answers go to a file that a second run extends."""
-    candidates = methods_from(parser, args.methods)
-    budgets = budgets_from(parser, args.budgets)
+    candidates = methods_from(parser, every_candidate() if args.all_methods else args.methods)
+    usual = ("0.05", "0.1", "0.2", "0.4") if args.all_methods else ("0.2", "0.5")
+    budgets = budgets_from(parser, args.budgets or usual)
     with one_line(parser):
         plan = Plan(
             args.model or SMOLLM2, tuple(args.task), tuple(args.lengths), tuple(args.settings),
@@ -223,6 +225,13 @@ def add_parsers(commands: Any) -> dict[str, argparse.ArgumentParser]:
     )
     one.add_argument("--task", nargs="+", default=["single"], help=", ".join(TASKS))
     _compared(one, ["0.2", "0.5"])
+    one.set_defaults(budgets=None)  # as long as nobody says how many methods there are
+    one.add_argument(
+        "--all-methods",
+        action="store_true",
+        help="every method with uniform, adakv and global shares where it takes them; --budgets "
+        "is then 0.05 0.1 0.2 0.4",
+    )
     one.add_argument("--lengths", nargs="+", type=int, default=[1024], help="tokens; default 1024")
     one.add_argument("--settings", nargs="+", default=list(SETTINGS), help="default: both")
     one.add_argument("--samples", type=int, default=10, help="of each task; default 10")

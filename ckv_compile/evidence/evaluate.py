@@ -22,8 +22,8 @@ FULL, BOTH = "full", "both"
 class Answer:
     """One answer over one cache; a line of the results file.
 
-    ``kept`` entries per KV head of ``tokens``. ``options`` are those of the method. ``loss``: nats
-    per token of a right answer.
+    ``kept`` entries per KV head of ``tokens``, and their bytes; 0 in files of older versions.
+    ``options`` are those of the method. ``loss``: nats per token of a right answer.
     """
 
     model: str
@@ -40,6 +40,7 @@ class Answer:
     loss: float
     answer: str
     expected: tuple[str, ...]
+    cache_bytes: int = 0
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -148,7 +149,7 @@ def _ask(
             new.append(Answer(
                 plan.model, task, length, index, where, label, options, reply.cache[0],
                 prompt.tokens, reply.kept, sample.score(reply.text), reply.loss, reply.text,
-                sample.answers,
+                sample.answers, reply.cache_bytes,
             ))  # fmt: skip
     return new
 

@@ -192,7 +192,7 @@ def perturbation(
     Raises:
         TypeError, ValueError: naming the argument and what it takes; or if no attention is matched.
     """
-    chosen = candidates_of(methods, **options)
+    chosen = tuple(one.uniform() for one in candidates_of(methods, **options))
     wanted = _Wanted(chosen, tuple(budgets), *_lengths(input_ids, chosen, queries, later))
     watcher = watcher or Watcher(model)
     cache = _cache_of(model)
