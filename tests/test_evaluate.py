@@ -18,6 +18,7 @@ from ckv_compile.evidence import evaluate, pictures, studies
 from ckv_compile.evidence.asker import CONTEXT_ONLY, REGULAR, Asker
 from ckv_compile.evidence.candidates import candidates_of
 from ckv_compile.evidence.evaluate import BOTH, SETTINGS, Answer, Plan
+from ckv_compile.evidence.jsonl import Steps
 from ckv_compile.evidence.models import load
 from ckv_compile.evidence.scores import scores, wilson
 from ckv_compile.evidence.tasks import TASKS, sample_of
@@ -328,6 +329,59 @@ def test_studies_write_lines_and_tell_tables(folder, tmp_path, name, capsys, mon
         compared = [line for line in lines if "than" in line]
         assert all(0 <= line["better_group"] <= line["heads_group"] == 4 for line in compared)
         assert "| criticalkv" in out and "held-out texts, queries not seen" in out
+
+
+def test_a_finished_step_is_not_done_again(tmp_path):
+    """A line that was cut off must neither be taken for a result nor spoil the next one."""
+    path, calls = tmp_path / "new" / "steps", []
+    first = Steps(path)
+    for step in (["a", 1], ["a", 2], ["a", 1]):
+        assert first.take(step, lambda step=step: calls.append(step) or {"of": step})["of"] == step
+    with path.open("a") as file:
+        file.write('{"step": ["a", 3], "result": {"o')
+    second = Steps(path)
+    for step in (["a", 1], ["a", 2], ["a", 3]):
+        assert second.take(step, lambda step=step: calls.append(step) or {"of": step})["of"] == step
+    assert calls == [["a", 1], ["a", 2], ["a", 3]]
+    assert len(Steps(path).done) == 3
+    second.finish()
+    assert not path.exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["norms", "stages"])
+def test_an_interrupted_study_goes_on_where_it_was(folder, tmp_path, name, capsys, monkeypatch):
+    """Each text takes minutes; and what was chosen on one must be what an unbroken run chooses."""
+    monkeypatch.setattr(studies, "HELD_OUT", ("topic:specialnames", "module:textwrap"))
+    read, texts = studies.Bench.ids, []
+
+    def counted(self, text):
+        texts.append(text)
+        if len(texts) == stop:
+            raise KeyboardInterrupt
+        return read(self, text)
+
+    monkeypatch.setattr(studies.Bench, "ids", counted)
+    argv = ["study", name, "--model", folder, "--tokens", 200, "--results"]
+    whole, broken = tmp_path / "whole.jsonl", tmp_path / "broken.jsonl"
+    stop = 0
+    assert run(*argv, whole) == 0
+    once, stop = list(texts), len(texts)
+    texts.clear()
+    assert run(*argv, broken) == 130
+    assert f"{broken} holds the texts so far" in " ".join(capsys.readouterr().err.split())
+    left = broken.read_text()
+    with (tmp_path / "broken.jsonl.steps").open("a") as file:
+        file.write('{"step": ["norms", 20')  # killed in the middle of a line
+    stop = 0
+    assert run(*argv, broken) == 0
+    assert texts == [*once, once[-1]], "only the text that was interrupted is read again"
+    lines, again = (
+        [{**json.loads(line), "seconds": 0} for line in path.open()] for path in (whole, broken)
+    )
+    assert 0 < len(left.splitlines()) < len(lines) and again == lines
+    assert [json.loads(line) for line in left.splitlines()]
+    assert not (tmp_path / "broken.jsonl.steps").exists()
 
 
 @pytest.mark.parametrize(

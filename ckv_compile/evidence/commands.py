@@ -13,7 +13,7 @@ import torch
 
 from ..api import explain
 from ..config import EvictionConfig
-from . import evaluate, headscores, studies
+from . import evaluate, headscores, studies, study_tables
 from .asker import Asker
 from .candidates import every_candidate
 from .evaluate import SETTINGS, Plan
@@ -145,11 +145,16 @@ def run_study(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     model, tokenizer = loaded(parser, args.model)
     try:
         with one_line(parser), bar(args.name) as step:
-            studies.run(args.name, model, tokenizer, args.tokens, args.results, on_text=step)
+            who = args.model or SMOLLM2
+            given = (args.name, model, tokenizer, args.tokens, args.results)
+            studies.run(*given, model_name=who, on_text=step)
     except KeyboardInterrupt:
-        print(f"interrupted; {args.results} holds the texts so far", file=sys.stderr)
+        print(
+            f"interrupted; {args.results} holds the texts so far; the same command goes on",
+            file=sys.stderr,
+        )
         return INTERRUPTED
-    print(studies.told(args.name, args.results, markdown=args.markdown))
+    print(study_tables.told(args.name, args.results, markdown=args.markdown))
     return 0
 
 
