@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 import sys
@@ -18,7 +19,7 @@ from ckv_compile.evidence import evaluate, pictures, studies
 from ckv_compile.evidence.asker import CONTEXT_ONLY, REGULAR, Asker
 from ckv_compile.evidence.candidates import candidates_of
 from ckv_compile.evidence.evaluate import BOTH, SETTINGS, Answer, Plan
-from ckv_compile.evidence.jsonl import Steps
+from ckv_compile.evidence.jsonl import Steps, append_lines
 from ckv_compile.evidence.models import load
 from ckv_compile.evidence.scores import scores, wilson
 from ckv_compile.evidence.tasks import TASKS, sample_of
@@ -221,6 +222,38 @@ def test_scores_compare_each_method_with_the_first_on_the_same_samples():
     assert len(figure.axes[0].containers) == 2
 
 
+def test_a_table_of_a_file_needs_no_model(tmp_path, capsys, monkeypatch):
+    """Beside each score stand its interval, the bytes and the time of its own allocation."""
+    monkeypatch.setattr("ckv_compile.evidence.models.load", lambda name: pytest.fail("loaded"))
+    results, times = tmp_path / "all.jsonl", tmp_path / "bench.json"
+    answers = [answer("full", i, 1.0, BOTH) for i in range(3)]
+    for name, score in (("snapkv", 0.0), ("snapkv:allocation=adakv", 1.0)):
+        for i in range(3):
+            options = f"window_size=32, allocation={'adakv' if 'adakv' in name else 'uniform'}"
+            made = answer(name, i, score if i else 0.0, loss=0.25)
+            answers.append(dataclasses.replace(made, options=options, cache_bytes=3 * 2**20))
+    append_lines(results, map(dataclasses.asdict, answers))
+    rows = [
+        {"allocation": name, "budget": 0.2, "per_token_s": seconds}
+        for name, seconds in (("", 0.5), ("uniform", 0.0421), ("adakv", 0.0634))
+    ]
+    times.write_text(json.dumps({"rows": rows}))
+    argv = ["eval", "--results", results, "--show", "--wide", "--markdown", "--timings", times]
+    assert run(*argv) == 0
+    title, head, rule, *lines = filter(None, capsys.readouterr().out.splitlines())
+    assert title == "single, 100 tokens, regular: 3 samples; full cache: 100 (44 to 100) 1.00"
+    assert head.split(" | ")[1].strip() == "20 %, 3.0 MiB" and set(rule) <= set("|- ")
+    assert [line.strip("| ").split() for line in lines] == [
+        ["snapkv", "|", "0", "(0", "to", "56)", "0.25", "|", "42.1"],
+        ["snapkv,", "adakv", "|", "67", "(21", "to", "94)", "0.25", "|", "63.4"],
+    ]
+    other = dataclasses.replace(answers[-1], options="allocation=uniform", sample=9)
+    append_lines(results, [dataclasses.asdict(other)])
+    with pytest.raises(SystemExit):
+        run(*argv)
+    assert "with different options or models" in capsys.readouterr().err
+
+
 def run(*argv: object) -> int:
     return main([str(arg) for arg in argv])
 
@@ -303,11 +336,14 @@ def test_explain_from_a_shell(folder, capsys):
 def test_bench_from_a_shell(folder, tmp_path, capsys):
     picture = tmp_path / "growth.png"
     argv = ["bench", "--model", folder, "--tokens", 300, "--budgets", "0.2", "--lowering", "eager"]
+    argv += ["--allocation", "uniform", "adakv"]
     assert run(*argv, "--new-tokens", 3, "--repeats", 1, "--json", "--save", picture) == 0
-    full, cut = json.loads(capsys.readouterr().out)["rows"]
+    full, cut, packed = json.loads(capsys.readouterr().out)["rows"]
     # Two layers, two KV heads of 16 float32 each: 512 bytes an entry.
     assert (full["kept"], full["cache_bytes"]) == (300, 300 * 512)
-    assert (cut["kept"], cut["cache_bytes"], len(cut["bytes_by_token"])) == (60, 60 * 512, 4)
+    for row in (cut, packed):
+        assert (row["kept"], row["cache_bytes"], len(row["bytes_by_token"])) == (60, 60 * 512, 4)
+    assert [row["allocation"] for row in (full, cut, packed)] == ["", "uniform", "adakv"]
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from wordy import save_model
@@ -11,8 +13,8 @@ from ckv_compile import EvictedCache
 from ckv_compile.evidence.asker import CONTEXT_ONLY, REGULAR, Asker, _name
 from ckv_compile.evidence.caches import cut_packed
 from ckv_compile.evidence.candidates import candidates_of, every_candidate
-from ckv_compile.evidence.evaluate import SETTINGS
 from ckv_compile.evidence.models import load
+from ckv_compile.evidence.ragged import check_packable
 from ckv_compile.evidence.shell import Parser, methods_from
 from ckv_compile.evidence.tasks import sample_of
 
@@ -46,11 +48,11 @@ def candidates():
     return candidates_of({name: options_of(name) for name in (*ALLOCATIONS, "uniform")})
 
 
-def over(allocation: str, slow: bool):
-    return pytest.param(allocation, marks=pytest.mark.slow) if slow else allocation
+def over(allocation: str):
+    return pytest.param(allocation, marks=pytest.mark.slow)
 
 
-@pytest.mark.parametrize("allocation", ["adakv", "global", over("pyramid", True), "headkv"])
+@pytest.mark.parametrize("allocation", ["adakv", "global", over("pyramid"), over("headkv")])
 def test_entries_are_those_that_optimize_keeps(asker, folder, prompt, candidates, allocation):
     """Entry by entry: one other budget, or rank, would be another method."""
     caches = [(budget, one) for budget in (0.1, 0.4) for one in candidates]
@@ -83,20 +85,17 @@ def test_entries_are_those_that_optimize_keeps(asker, folder, prompt, candidates
 def test_uniform_heads_are_the_same_packed_or_not(asker, prompt, candidates):
     """In one batch with others they are read in packed form: the same entries, the same answers."""
     uniform, adakv = ((0.2, candidates[i]) for i in (4, 0))
-    for setting in SETTINGS:
-        (alone,) = asker.answers(prompt, setting, [uniform], 8)
-        packed, other = asker.answers(prompt, setting, [uniform, adakv], 8)
-        assert (packed.text, packed.kept, packed.cache_bytes) == (
-            alone.text,
-            alone.kept,
-            alone.cache_bytes,
-        )
-        assert packed.loss == pytest.approx(alone.loss, rel=1e-5)
-        assert (other.kept, other.cache_bytes) == (alone.kept, alone.cache_bytes)
-        assert other.loss != pytest.approx(alone.loss, rel=1e-5)
+    (alone,) = asker.answers(prompt, REGULAR, [uniform], 8)
+    packed, other = asker.answers(prompt, REGULAR, [uniform, adakv], 8)
+    sizes = (alone.kept, alone.cache_bytes)
+    assert (packed.kept, packed.cache_bytes) == (other.kept, other.cache_bytes) == sizes
+    assert packed.text == alone.text
+    assert packed.loss == pytest.approx(alone.loss, rel=1e-5)
+    assert other.loss != pytest.approx(alone.loss, rel=1e-5)
 
 
-@pytest.mark.parametrize("setting", [REGULAR, over(CONTEXT_ONLY, True)])
+@pytest.mark.slow
+@pytest.mark.parametrize("setting", [REGULAR, CONTEXT_ONLY])
 def test_answers_and_bytes_are_the_optimised_models(asker, folder, prompt, candidates, setting):
     caches = [(0.3, candidates[0]), (0.3, candidates[3])]
     model = load(str(folder))[0]
@@ -123,6 +122,7 @@ def test_answers_and_bytes_are_the_optimised_models(asker, folder, prompt, candi
         assert reply.text == asker.tokenizer.decode(answer, skip_special_tokens=True).strip()
 
 
+@pytest.mark.slow
 def test_answers_that_are_over_leave_the_batch(asker, prompt, candidates, monkeypatch):
     """Rows are dropped while others go on: each must keep its own cache and its own answer."""
     caches = [(budget, one) for budget in (0.1, 0.3) for one in candidates]
@@ -138,14 +138,16 @@ def test_answers_that_are_over_leave_the_batch(asker, prompt, candidates, monkey
         assert reply.text == alone.text
 
 
-def test_models_that_cannot_be_packed_are_refused_with_the_reason(tmp_path, prompt):
+def test_what_cannot_be_packed_is_refused_with_the_reason(asker, prompt, candidates):
     """Soft-capped logits would be read without their cap, silently."""
-    from families import tiny
-
-    asker = Asker(tiny("gemma2"), None)
-    (one,) = candidates_of(("criticalkv",), allocation="adakv")
-    with pytest.raises(ValueError, match="takes allocation='uniform' alone"):
-        list(asker.answers(prompt, REGULAR, [(0.3, one)], 2))
+    list(asker.answers(prompt, REGULAR, [(1.0, None)], 1))
+    sites = asker.watcher.sites
+    check_packable(sites)
+    capped = dataclasses.replace(sites[1], softcap=30.0)
+    with pytest.raises(ValueError, match=r"layers\.1\.self_attn takes allocation='uniform' alone"):
+        check_packable([sites[0], capped])
+    with pytest.raises(ValueError, match="cannot share one budget"):
+        check_packable([sites[0], dataclasses.replace(sites[1], head_dim=32)])
 
 
 def test_variants_are_uniform():

@@ -48,6 +48,12 @@ class Answer:
         asked = (self.model, self.task, self.length, self.sample)
         return (*asked, self.setting, self.method, self.options, str(self.budget))
 
+    @property
+    def allocation(self) -> str:
+        """As ``options`` name it; "" of the full cache."""
+        options = dict(one.split("=", 1) for one in self.options.split(", ") if "=" in one)
+        return options.get("allocation", "")
+
 
 @dataclasses.dataclass(frozen=True)
 class Plan:

@@ -183,7 +183,7 @@ def cache_growth(timings: Sequence[Timing]) -> Any:
     axes = figure.subplots()
     for i, timing in enumerate(timings):
         full = timing.method == "full"
-        label = "full cache" if full else f"budget {timing.budget}"
+        label = "full cache" if full else f"{timing.allocation}, budget {timing.budget}"
         sizes = [size / 2**20 for size in timing.bytes_by_token]
         style = {"color": _COLOURS[i % 7], "linestyle": _LINES[i % 4], "drawstyle": "steps-post"}
         axes.plot(range(len(sizes)), sizes, label=label, **style)
