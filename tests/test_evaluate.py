@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import json
 import random
 import sys
@@ -220,6 +221,9 @@ def test_scores_compare_each_method_with_the_first_on_the_same_samples():
     assert figure.axes[0].get_xlabel() == "budget (% of the prompt kept)"
     assert figure.axes[0].get_title() == "single, 100 tokens, regular"
     assert len(figure.axes[0].containers) == 2
+    many = [dataclasses.replace(snap, method=str(i)) for i in range(8)]
+    with pytest.raises(ValueError, match="8 methods in one picture; it takes 7"):
+        pictures.score_curves(many)
 
 
 def test_a_table_of_a_file_needs_no_model(tmp_path, capsys, monkeypatch):
@@ -247,6 +251,13 @@ def test_a_table_of_a_file_needs_no_model(tmp_path, capsys, monkeypatch):
         ["snapkv", "|", "0", "(0", "to", "56)", "0.25", "|", "42.1"],
         ["snapkv,", "adakv", "|", "67", "(21", "to", "94)", "0.25", "|", "63.4"],
     ]
+    packed = tmp_path / "all.jsonl.gz"
+    packed.write_bytes(gzip.compress(results.read_bytes()))
+    assert run("eval", "--results", packed, "--show", "--methods", "snapkv", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [(one["method"], one["mean"]) for one in found] == [("full", 1.0), ("snapkv", 0.0)]
+    with pytest.raises(ValueError, match="read, not extended"):
+        append_lines(packed, [])
     other = dataclasses.replace(answers[-1], options="allocation=uniform", sample=9)
     append_lines(results, [dataclasses.asdict(other)])
     with pytest.raises(SystemExit):

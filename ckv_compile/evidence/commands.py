@@ -113,9 +113,12 @@ def run_eval(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     """Questions about long texts; answers go to a file that a second run extends."""
     if args.show:
         with one_line(parser):
-            _show_scores(parser, args, evaluate.told(args.results))
+            told = evaluate.told(args.results)
+        wanted = (evaluate.FULL, *(args.methods or {one.method: one for one in told}))
+        _show_scores(parser, args, [one for one in told if one.method in wanted])
         return 0
-    candidates = methods_from(parser, every_candidate() if args.all_methods else args.methods)
+    names = args.methods or ("snapkv", "criticalkv")
+    candidates = methods_from(parser, every_candidate() if args.all_methods else names)
     usual = ("0.05", "0.1", "0.2", "0.4") if args.all_methods else ("0.2", "0.5")
     budgets = budgets_from(parser, args.budgets or usual)
     with one_line(parser):
@@ -253,7 +256,7 @@ def add_parsers(commands: Any) -> dict[str, argparse.ArgumentParser]:
     )
     one.add_argument("--task", nargs="+", default=["single"], help=", ".join(TASKS))
     _compared(one, ["0.2", "0.5"])
-    one.set_defaults(budgets=None)  # as long as nobody says how many methods there are
+    one.set_defaults(budgets=None, methods=None)  # they depend on the options that follow
     one.add_argument(
         "--all-methods",
         action="store_true",
@@ -265,7 +268,7 @@ def add_parsers(commands: Any) -> dict[str, argparse.ArgumentParser]:
     one.add_argument("--samples", type=int, default=10, help="of each task; default 10")
     one.add_argument("--first-sample", type=int, default=0, help="the seed of the first")
     one.add_argument("--results", type=Path, default=Path("eval.jsonl"), help="read and extended")
-    one.add_argument("--show", action="store_true", help="ask nothing: what --results holds")
+    one.add_argument("--show", action="store_true", help="ask nothing, tell what --results holds")
     one.add_argument("--wide", action="store_true", help="a row for each method")
     one.add_argument(
         "--timings", type=Path, metavar="JSON", help="of bench --json, for the --wide table"

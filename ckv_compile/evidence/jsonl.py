@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -9,9 +10,15 @@ from typing import Any
 
 
 def read_lines(path: Path | None) -> list[Any]:
-    """What a file holds; a last line that was cut off in the middle is taken out of it."""
+    """What a file holds; a last line that was cut off in the middle is taken out of it.
+
+    A name that ends in ``.gz`` is that of a file that gzip has packed, to be read alone.
+    """
     if path is None or not path.exists():
         return []
+    if path.suffix == ".gz":
+        with gzip.open(path, "rt", encoding="utf-8") as file:
+            return [json.loads(line) for line in file]
     text = path.read_text(encoding="utf-8")
     if text and not text.endswith("\n"):
         text = text[: text.rfind("\n") + 1]
@@ -20,6 +27,8 @@ def read_lines(path: Path | None) -> list[Any]:
 
 
 def append_lines(path: Path, lines: Iterable[Any]) -> None:
+    if path.suffix == ".gz":
+        raise ValueError(f"{path} is packed: it can be read, not extended")
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
         file.write("".join(json.dumps(line) + "\n" for line in lines))

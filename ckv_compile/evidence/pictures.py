@@ -127,6 +127,10 @@ def score_curves(scores: Sequence[Score]) -> Any:
     settings = [s for s in dict.fromkeys(one.setting for one in scores) if s != BOTH]
     tasks = list(dict.fromkeys((one.task, one.length) for one in scores))
     methods = [m for m in dict.fromkeys(one.method for one in scores) if m != "full"]
+    if len(methods) > len(_COLOURS):
+        raise ValueError(
+            f"{len(methods)} methods in one picture; it takes {len(_COLOURS)}: name them, --methods"
+        )
     figure = _figure(1.5 + 4.5 * len(settings), 0.9 + 3 * len(tasks))
     panels = figure.subplots(len(tasks), len(settings), sharex=True, sharey=True, squeeze=False)
     for row, (task, length) in zip(panels, tasks, strict=True):
