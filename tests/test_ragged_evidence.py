@@ -10,9 +10,11 @@ from wordy import save_model
 
 import ckv_compile
 from ckv_compile import EvictedCache
+from ckv_compile.cli import main
 from ckv_compile.evidence.asker import CONTEXT_ONLY, REGULAR, Asker, _name
 from ckv_compile.evidence.caches import cut_packed
 from ckv_compile.evidence.candidates import candidates_of, every_candidate
+from ckv_compile.evidence.evaluate import read
 from ckv_compile.evidence.models import load
 from ckv_compile.evidence.ragged import check_packable
 from ckv_compile.evidence.shell import Parser, methods_from
@@ -148,6 +150,26 @@ def test_what_cannot_be_packed_is_refused_with_the_reason(asker, prompt, candida
         check_packable([sites[0], capped])
     with pytest.raises(ValueError, match="cannot share one budget"):
         check_packable([sites[0], dataclasses.replace(sites[1], head_dim=32)])
+
+
+@pytest.mark.slow
+def test_every_method_from_a_shell(folder, tmp_path, capsys):
+    """More rows than one batch takes, and a run that is cut short and goes on."""
+    results = tmp_path / "all.jsonl"
+    argv = ["eval", "--model", folder, "--all-methods", "--lengths", LENGTH, "--samples", 1]
+    argv += ["--budgets", "0.15", "0.3", "0.5", "--results", results]
+    wide = [*argv, "--settings", REGULAR, CONTEXT_ONLY, "--wide"]
+    assert main([str(arg) for arg in [*argv, "--settings", REGULAR]]) == 0
+    capsys.readouterr()
+    assert main([str(arg) for arg in wide]) == 0
+    answers = read(results)
+    assert len(answers) == 1 + 2 * 3 * len(every_candidate()) == len({a.key for a in answers})
+    kept = {(a.setting, a.budget): set() for a in answers}
+    for answer in answers:
+        kept[answer.setting, answer.budget].add((answer.kept, answer.cache_bytes))
+    assert all(len(sizes) == 1 for sizes in kept.values()), "totals are the same for all"
+    tables = capsys.readouterr().out
+    assert all(label.replace(":allocation=", ", ") in tables for label in every_candidate())
 
 
 def test_variants_are_uniform():

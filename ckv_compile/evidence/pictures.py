@@ -195,7 +195,7 @@ def cache_growth(timings: Sequence[Timing]) -> Any:
     axes.set_ylabel("storage of keys and values (MiB),\nroom to grow included")
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
-    axes.legend()
+    figure.legend(loc="outside lower center", ncols=3)
     return figure
 
 
