@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import gzip
 import json
 import random
 import sys
@@ -18,6 +20,7 @@ from ckv_compile.evidence import evaluate, pictures, studies
 from ckv_compile.evidence.asker import CONTEXT_ONLY, REGULAR, Asker
 from ckv_compile.evidence.candidates import candidates_of
 from ckv_compile.evidence.evaluate import BOTH, SETTINGS, Answer, Plan
+from ckv_compile.evidence.jsonl import Steps, append_lines
 from ckv_compile.evidence.models import load
 from ckv_compile.evidence.scores import scores, wilson
 from ckv_compile.evidence.tasks import TASKS, sample_of
@@ -218,6 +221,48 @@ def test_scores_compare_each_method_with_the_first_on_the_same_samples():
     assert figure.axes[0].get_xlabel() == "budget (% of the prompt kept)"
     assert figure.axes[0].get_title() == "single, 100 tokens, regular"
     assert len(figure.axes[0].containers) == 2
+    many = [dataclasses.replace(snap, method=str(i)) for i in range(8)]
+    with pytest.raises(ValueError, match="8 methods in one picture; it takes 7"):
+        pictures.score_curves(many)
+
+
+def test_a_table_of_a_file_needs_no_model(tmp_path, capsys, monkeypatch):
+    """Beside each score stand its interval, the bytes and the time of its own allocation."""
+    monkeypatch.setattr("ckv_compile.evidence.models.load", lambda name: pytest.fail("loaded"))
+    results, times = tmp_path / "all.jsonl", tmp_path / "bench.json"
+    answers = [answer("full", i, 1.0, BOTH) for i in range(3)]
+    for name, score in (("snapkv", 0.0), ("snapkv:allocation=adakv", 1.0)):
+        for i in range(3):
+            options = f"window_size=32, allocation={'adakv' if 'adakv' in name else 'uniform'}"
+            made = answer(name, i, score if i else 0.0, loss=0.25)
+            answers.append(dataclasses.replace(made, options=options, cache_bytes=3 * 2**20))
+    append_lines(results, map(dataclasses.asdict, answers))
+    rows = [
+        {"allocation": name, "budget": 0.2, "per_token_s": seconds}
+        for name, seconds in (("", 0.5), ("uniform", 0.0421), ("adakv", 0.0634))
+    ]
+    times.write_text(json.dumps({"rows": rows}))
+    argv = ["eval", "--results", results, "--show", "--wide", "--markdown", "--timings", times]
+    assert run(*argv) == 0
+    title, head, rule, *lines = filter(None, capsys.readouterr().out.splitlines())
+    assert title == "single, 100 tokens, regular: 3 samples; full cache: 100 (44 to 100) 1.00"
+    assert head.split(" | ")[1].strip() == "20 %, 3.0 MiB" and set(rule) <= set("|- ")
+    assert [line.strip("| ").split() for line in lines] == [
+        ["snapkv", "|", "0", "(0", "to", "56)", "0.25", "|", "42.1"],
+        ["snapkv,", "adakv", "|", "67", "(21", "to", "94)", "0.25", "|", "63.4"],
+    ]
+    packed = tmp_path / "all.jsonl.gz"
+    packed.write_bytes(gzip.compress(results.read_bytes()))
+    assert run("eval", "--results", packed, "--show", "--methods", "snapkv", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [(one["method"], one["mean"]) for one in found] == [("full", 1.0), ("snapkv", 0.0)]
+    with pytest.raises(ValueError, match="read, not extended"):
+        append_lines(packed, [])
+    other = dataclasses.replace(answers[-1], options="allocation=uniform", sample=9)
+    append_lines(results, [dataclasses.asdict(other)])
+    with pytest.raises(SystemExit):
+        run(*argv)
+    assert "with different options or models" in capsys.readouterr().err
 
 
 def run(*argv: object) -> int:
@@ -302,11 +347,14 @@ def test_explain_from_a_shell(folder, capsys):
 def test_bench_from_a_shell(folder, tmp_path, capsys):
     picture = tmp_path / "growth.png"
     argv = ["bench", "--model", folder, "--tokens", 300, "--budgets", "0.2", "--lowering", "eager"]
+    argv += ["--allocation", "uniform", "adakv"]
     assert run(*argv, "--new-tokens", 3, "--repeats", 1, "--json", "--save", picture) == 0
-    full, cut = json.loads(capsys.readouterr().out)["rows"]
+    full, cut, packed = json.loads(capsys.readouterr().out)["rows"]
     # Two layers, two KV heads of 16 float32 each: 512 bytes an entry.
     assert (full["kept"], full["cache_bytes"]) == (300, 300 * 512)
-    assert (cut["kept"], cut["cache_bytes"], len(cut["bytes_by_token"])) == (60, 60 * 512, 4)
+    for row in (cut, packed):
+        assert (row["kept"], row["cache_bytes"], len(row["bytes_by_token"])) == (60, 60 * 512, 4)
+    assert [row["allocation"] for row in (full, cut, packed)] == ["", "uniform", "adakv"]
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
@@ -328,6 +376,59 @@ def test_studies_write_lines_and_tell_tables(folder, tmp_path, name, capsys, mon
         compared = [line for line in lines if "than" in line]
         assert all(0 <= line["better_group"] <= line["heads_group"] == 4 for line in compared)
         assert "| criticalkv" in out and "held-out texts, queries not seen" in out
+
+
+def test_a_finished_step_is_not_done_again(tmp_path):
+    """A line that was cut off must neither be taken for a result nor spoil the next one."""
+    path, calls = tmp_path / "new" / "steps", []
+    first = Steps(path)
+    for step in (["a", 1], ["a", 2], ["a", 1]):
+        assert first.take(step, lambda step=step: calls.append(step) or {"of": step})["of"] == step
+    with path.open("a") as file:
+        file.write('{"step": ["a", 3], "result": {"o')
+    second = Steps(path)
+    for step in (["a", 1], ["a", 2], ["a", 3]):
+        assert second.take(step, lambda step=step: calls.append(step) or {"of": step})["of"] == step
+    assert calls == [["a", 1], ["a", 2], ["a", 3]]
+    assert len(Steps(path).done) == 3
+    second.finish()
+    assert not path.exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["norms", "stages"])
+def test_an_interrupted_study_goes_on_where_it_was(folder, tmp_path, name, capsys, monkeypatch):
+    """Each text takes minutes; and what was chosen on one must be what an unbroken run chooses."""
+    monkeypatch.setattr(studies, "HELD_OUT", ("topic:specialnames", "module:textwrap"))
+    read, texts = studies.Bench.ids, []
+
+    def counted(self, text):
+        texts.append(text)
+        if len(texts) == stop:
+            raise KeyboardInterrupt
+        return read(self, text)
+
+    monkeypatch.setattr(studies.Bench, "ids", counted)
+    argv = ["study", name, "--model", folder, "--tokens", 200, "--results"]
+    whole, broken = tmp_path / "whole.jsonl", tmp_path / "broken.jsonl"
+    stop = 0
+    assert run(*argv, whole) == 0
+    once, stop = list(texts), len(texts)
+    texts.clear()
+    assert run(*argv, broken) == 130
+    assert f"{broken} holds the texts so far" in " ".join(capsys.readouterr().err.split())
+    left = broken.read_text()
+    with (tmp_path / "broken.jsonl.steps").open("a") as file:
+        file.write('{"step": ["norms", 20')  # killed in the middle of a line
+    stop = 0
+    assert run(*argv, broken) == 0
+    assert texts == [*once, once[-1]], "only the text that was interrupted is read again"
+    lines, again = (
+        [{**json.loads(line), "seconds": 0} for line in path.open()] for path in (whole, broken)
+    )
+    assert 0 < len(left.splitlines()) < len(lines) and again == lines
+    assert [json.loads(line) for line in left.splitlines()]
+    assert not (tmp_path / "broken.jsonl.steps").exists()
 
 
 @pytest.mark.parametrize(

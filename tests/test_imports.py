@@ -43,6 +43,8 @@ ARROWS = {
         "kernels",
         "methods",
         "passes",
+        "registry",
+        "runtime",
         "site",
         "sizes",
     },

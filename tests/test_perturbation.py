@@ -14,7 +14,6 @@ from families import prompt, tiny
 import ckv_compile
 from ckv_compile.config import EvictionConfig
 from ckv_compile.evidence import pictures, variants
-from ckv_compile.evidence.candidates import candidates_of
 from ckv_compile.evidence.probe import Seen, Watcher
 from ckv_compile.kernels import reference
 from ckv_compile.methods.evict import EvictKV
@@ -302,4 +301,4 @@ def test_pictures_name_their_axes_and_units(report):
 def test_what_is_not_measured_is_no_candidate(options):
     """Numbers of uniform heads stood under the name of another allocation."""
     with pytest.raises(ValueError, match=next(iter(options))):
-        candidates_of({"mine": options})
+        ckv_compile.perturbation(tiny(), prompt(N), (0.2,), {"mine": options})

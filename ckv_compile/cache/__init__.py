@@ -30,11 +30,13 @@ from .evicted import (
 from .files import fingerprint_of
 from .layers import EvictedLayer
 from .masks import bounded_layers_agree, is_fixed, physical_mask
+from .packed import PackedKV
 
 __all__ = [
     "DynamicCache",
     "EvictedCache",
     "EvictedLayer",
+    "PackedKV",
     "adopt",
     "announce",
     "bounded_layers_agree",

@@ -1,7 +1,8 @@
 """A model that reads a text once and answers over many caches.
 
-One uncompiled pass serves every method and budget: it shows each attention to them, and their
-caches are cut out of the full one. A test holds these against what ``optimize`` leaves.
+One uncompiled pass serves every method, budget and allocation: it shows each attention to them, and
+their caches are cut out of the full one. A test holds these against what ``optimize`` leaves. Heads
+of different lengths are read as an optimised model reads them.
 """
 
 from __future__ import annotations
@@ -14,30 +15,38 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .caches import cut, fresh_cache, layers_of, uncut_layers
+from ..cache import is_packed
+from ..config import EvictionConfig
+from ..methods.base import Scores
+from ..runtime import OptimizedForward, Region
+from .caches import cut, cut_packed, fresh_cache, layers_of, uncut_layers
 from .candidates import Candidate, Spec
 from .probe import Seen, Watcher
+from .ragged import check_packable, kept_masks
 from .tasks import Prompt
 
 REGULAR, CONTEXT_ONLY = "regular", "context-only"
 # A budget and a method; None is the full cache.
 Cache = tuple[Spec, Candidate | None]
-# Positions kept, [1, Hkv, b], by layer.
+# What is kept by layer: positions [1, Hkv, b]; or [1, Hkv, K] bool, if heads differ.
 Kept = dict[int, Tensor]
+# Packed caches that answer as one batch: what they hold has to fit the memory.
+_ROWS = 64
 
 
 @dataclasses.dataclass(frozen=True)
 class Reply:
-    """What a model said over a cache of ``kept`` entries per KV head.
+    """What a model said over a cache of ``kept`` entries per KV head, the mean of all heads.
 
     ``loss``: nats per token that it gives to a right answer in place of its own; a finer measure
-    than right or wrong.
+    than right or wrong. ``cache_bytes``: of the entries kept, in all layers that are cut.
     """
 
     cache: Cache
     text: str
     loss: float
     kept: int
+    cache_bytes: int
 
 
 class Asker:
@@ -47,6 +56,9 @@ class Asker:
         fresh_cache(model)  # says what is wrong with the model before anything is read
         self.model, self.tokenizer = model, tokenizer
         self.watcher = Watcher(model)
+        config = EvictionConfig(1.0, lowering="eager")
+        # What stands before an optimised model; here it reads packed caches and cuts none.
+        self.packed = OptimizedForward(model, config, Region(model, config))
 
     @torch.no_grad()
     def answers(
@@ -58,7 +70,8 @@ class Asker:
             setting: "regular", the whole prompt is read and then cut, and the first token of the
                 answer is that of the full cache, as it is for an optimised model; or
                 "context-only", the question follows behind what is left of the context.
-            caches: those of one budget stand together; they answer as one batch.
+            caches: those of one budget stand together; they answer as one batch. With one among
+                them whose heads compete all are packed, and answer together.
         """
         context, question = torch.tensor([prompt.context_ids]), torch.tensor([prompt.question_ids])
         regular = setting == REGULAR
@@ -66,24 +79,26 @@ class Asker:
         full, kept, logits = self._read(ids, caches)
         right = torch.tensor([prompt.right_ids])
         room = question.shape[1] + max(right.shape[1], max_new_tokens)
-        for _, group in itertools.groupby(caches, key=lambda one: str(one[0])):
-            rows = list(group)
+        packs = any(_packs(one) for one in caches)
+        for rows in _batches(caches, packs):
             keep = {i: torch.cat([kept[_name(one)][i] for one in rows]) for i in kept[_FULL]}
-            held, last = next(iter(keep.values())).shape[2], logits.expand(len(rows), -1)
-            cache = cut(full, keep, ids.shape[1], room)
+            last = logits.expand(len(rows), -1)
+            cache = (cut_packed if packs else cut)(full, keep, ids.shape[1], room)
             if not regular:
                 last = self._logits(cache, question.expand(len(rows), -1), 1)[:, -1]
-            texts, fed = self._generate(cache, last, max_new_tokens)
-            if fed:
-                cache.crop(-fed)  # the answer must not be there for the right one
             losses = self._losses(cache, last, right)
-            for one, text, loss in zip(rows, texts, losses, strict=True):
-                yield Reply(one, text, loss, held)
+            texts = self._generate(cache, last, max_new_tokens)
+            sizes = _sizes(full, keep)
+            for one, text, loss, size in zip(rows, texts, losses, sizes, strict=True):
+                yield Reply(one, text, loss, *size)
 
     def _read(self, ids: Tensor, caches: Sequence[Cache]) -> tuple[Any, Mapping[str, Kept], Tensor]:
         """The full cache, what each of ``caches`` keeps of it, and the last logits ``[1, V]``."""
         cache, length = fresh_cache(self.model), ids.shape[1]
         found: dict[str, dict[str, Tensor]] = {}
+        competing: dict[Candidate, dict[str, Scores]] = {
+            one: {} for _, one in caches if one is not None and one.config.packs
+        }
         addresses: dict[str, int] = {}
 
         def visit(seen: Seen) -> None:
@@ -91,10 +106,12 @@ class Asker:
             heads = seen.cached[0].shape[1]
             found[seen.name] = {_FULL: torch.arange(length).expand(1, heads, -1)}
             for budget, one in caches:
-                if one is not None:
+                if one is not None and not one.config.packs:
                     config = one.at(budget)
                     positions = one.keeps(seen, config, config.entries(length))
                     found[seen.name][_name((budget, one))] = positions
+            for one, by_site in competing.items():
+                by_site[seen.name] = seen.scores(one.config)
 
         inputs = {"past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
         done = self.watcher(visit, input_ids=ids, **inputs)
@@ -110,38 +127,57 @@ class Asker:
         for site, i in layers.items():
             for name, positions in found[site].items():
                 kept.setdefault(name, {})[i] = positions
+        if competing:
+            check_packable([site for site in self.watcher.sites if site.name in layers])
+            kept = {name: _as_masks(one, length) for name, one in kept.items()}
+        for budget, one in caches:
+            if one is not None and one.config.packs:
+                masks = kept_masks([competing[one][site] for site in layers], one.at(budget))
+                kept[_name((budget, one))] = dict(zip(layers.values(), masks, strict=True))
         return cache, kept, done.logits[:, -1]
 
     def _logits(self, cache: Any, ids: Tensor, count: int) -> Tensor:
-        """Of the last ``count`` of ``ids`` ``[M, t]`` behind ``cache``, ``[M, count, V]``."""
+        """Of the last ``count`` of ``ids`` ``[M, t]`` behind ``cache``, or, for 0, of all."""
+        call = self.packed if is_packed(cache) else self.model._call_impl
         inputs = {"past_key_values": cache, "use_cache": True, "logits_to_keep": count}
-        return self.model._call_impl(input_ids=ids, **inputs).logits
+        return call(input_ids=ids, **inputs).logits
 
     def _losses(self, cache: Any, logits: Tensor, right: Tensor) -> list[float]:
-        """Nats per token of the ``right`` answer ``[1, t]``; ``logits`` ``[M, V]`` of its first."""
+        """Nats per token of the ``right`` answer ``[1, t]``; ``logits`` ``[M, V]`` of its first.
+
+        The cache is left as it was.
+        """
         right = right.expand(len(logits), -1)
-        every = logits[:, None]
-        if right.shape[1] > 1:
-            later = self._logits(cache, right[:, :-1], right.shape[1] - 1)
-            every = torch.cat([every, later], dim=1)
+        every, fed = logits[:, None], right.shape[1] - 1
+        if fed:
+            every = torch.cat([every, self._logits(cache, right[:, :-1], 0)], dim=1)
+            cache.crop(-fed)
         each = every.float().log_softmax(-1).gather(2, right[..., None])
         return (-each[..., 0].mean(1)).tolist()
 
-    def _generate(self, cache: Any, logits: Tensor, most: int) -> tuple[list[str], int]:
-        """One greedy answer for each row, up to an end-of-text token; tokens now in the cache."""
+    def _generate(self, cache: Any, logits: Tensor, most: int) -> list[str]:
+        """One greedy answer for each row, up to an end-of-text token; the cache is used up."""
         ends = self.model.generation_config.eos_token_id
         ends = torch.tensor([] if ends is None else ends).reshape(-1)
-        tokens = [logits.argmax(-1)]
-        over = torch.isin(tokens[0], ends)
-        while len(tokens) < most and not bool(over.all()):
-            tokens.append(self._logits(cache, tokens[-1][:, None], 1)[:, -1].argmax(-1))
-            over |= torch.isin(tokens[-1], ends)
-        texts = []
-        for row in torch.stack(tokens, dim=1):
-            stop = torch.isin(row, ends).nonzero()
-            answer = row[: int(stop[0])] if len(stop) else row
-            texts.append(self.tokenizer.decode(answer, skip_special_tokens=True).strip())
-        return texts, len(tokens) - 1
+        tokens: list[list[int]] = [[] for _ in logits]
+        going = torch.arange(len(logits))  # the row of each answer that the cache still holds
+        over = torch.zeros(len(logits), dtype=torch.bool)
+        last = logits.argmax(-1)
+        for step in range(most):
+            if step:
+                last = self._logits(cache, last[:, None], 1)[:, -1].argmax(-1)
+            for row, token, ended in zip(going.tolist(), last.tolist(), over.tolist(), strict=True):
+                if not ended:
+                    tokens[row].append(token)
+            over |= torch.isin(last, ends)
+            if bool(over.all()):
+                break
+            if 2 * int(over.sum()) >= len(over):
+                cache.batch_select_indices((~over).nonzero()[:, 0])
+                last, going, over = last[~over], going[~over], over[~over]
+        ended = set(ends.tolist())
+        answers = [row[:-1] if row[-1] in ended else row for row in tokens]
+        return [self.tokenizer.decode(one, skip_special_tokens=True).strip() for one in answers]
 
 
 _FULL = "full"
@@ -150,3 +186,39 @@ _FULL = "full"
 def _name(one: Cache) -> str:
     budget, candidate = one
     return _FULL if candidate is None else f"{candidate.label} at {budget}"
+
+
+def _packs(cache: Cache) -> bool:
+    return cache[1] is not None and cache[1].config.packs
+
+
+def _batches(caches: Sequence[Cache], packs: bool) -> Iterator[list[Cache]]:
+    """Those that answer together: any, if they are packed, else those of one length."""
+    if packs:
+        for start in range(0, len(caches), _ROWS):
+            yield list(caches[start : start + _ROWS])
+        return
+    for _, group in itertools.groupby(caches, key=lambda one: str(one[0])):
+        yield list(group)
+
+
+def _as_masks(kept: Kept, length: int) -> Kept:
+    """Positions ``[1, Hkv, b]`` as ``[1, Hkv, K]`` bool."""
+    return {
+        i: torch.zeros(*keep.shape[:2], length, dtype=torch.bool).scatter_(2, keep, True)
+        for i, keep in kept.items()
+    }
+
+
+def _sizes(full: Any, keep: Kept) -> list[tuple[int, int]]:
+    """Entries per KV head, and bytes of all entries, of each row that ``keep`` makes."""
+    rows = len(next(iter(keep.values())))
+    entries, heads, nbytes = [0] * rows, 0, [0] * rows
+    for i, one in keep.items():
+        layer, each = full.layers[i], one.shape[1] * one.shape[2]
+        counts = one.sum((1, 2)).tolist() if one.dtype == torch.bool else [each] * rows
+        size = sum(cached[0, 0, 0].nbytes for cached in (layer.keys, layer.values))
+        heads += one.shape[1]
+        entries = [a + b for a, b in zip(entries, counts, strict=True)]
+        nbytes = [a + b * size for a, b in zip(nbytes, counts, strict=True)]
+    return [(count // heads, size) for count, size in zip(entries, nbytes, strict=True)]

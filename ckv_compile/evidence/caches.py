@@ -6,10 +6,11 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from ..cache import EvictedCache, EvictedLayer
-from ..sizes import sized
+from ..cache import EvictedCache, EvictedLayer, PackedKV
+from ..sizes import TAIL, sized
 
 
 def fresh_cache(model: Any) -> EvictedCache:
@@ -70,6 +71,33 @@ def cut(full: EvictedCache, keep: Mapping[int, Tensor], seen: int, room: int = 1
         made.reserve(room)
         new.layers.append(made)
     return new
+
+
+def cut_packed(
+    full: EvictedCache, keep: Mapping[int, Tensor], seen: int, room: int = 1
+) -> EvictedCache:
+    """The same with heads that keep different numbers of entries, as a packing prefill leaves it.
+
+    Args:
+        keep: ``[M, Hkv, K]`` bool for each full-attention layer, the last tokens among them; the
+            new cache has M rows, which only an optimised model can read.
+    """
+    new = cut(full, {i: _last(mask) for i, mask in keep.items()}, seen, room)
+    for i, mask in keep.items():
+        before = mask[:, :, :-TAIL]
+        _, heads, places = before.nonzero(as_tuple=True)
+        lengths = before.sum(-1).flatten().cumsum(0)
+        cu_kv_lens = torch.cat([lengths.new_zeros(1), lengths]).int()
+        layer = full.layers[i]
+        packed = PackedKV(layer.keys[0, heads, places], layer.values[0, heads, places], cu_kv_lens)
+        new.layers[i].packed = packed
+    return new
+
+
+def _last(mask: Tensor) -> Tensor:
+    """The positions of the tail, ``[M, Hkv, 2]``."""
+    kv_len = mask.shape[2]
+    return torch.arange(kv_len - TAIL, kv_len).expand(*mask.shape[:2], TAIL)
 
 
 def _taken(cached: Tensor, positions: Tensor) -> Tensor:

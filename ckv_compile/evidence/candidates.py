@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ..config import EvictionConfig
+from ..registry import METHODS
 from .probe import Seen
 
 Spec = float | int | str
@@ -18,19 +19,34 @@ Keeps = Callable[[Seen, EvictionConfig, int], Tensor]
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """A method under a label. ``keeps`` is for selections that are no option of the library."""
+    """A method under a label, with whatever allocation its options name.
+
+    ``keeps`` is for selections that are no option of the library; all heads then keep as many.
+    """
 
     label: str
     config: EvictionConfig
     keeps: Keeps = Seen.kept
 
     def __post_init__(self) -> None:
-        for name, taken in (("allocation", "uniform"), ("max_entries", None)):
-            given = getattr(self.config, name)
-            if given != taken:
-                raise ValueError(
-                    f"{self.label}: {name}={given!r} is not measured here; it takes {taken!r}"
-                )
+        if self.config.max_entries is not None:
+            self._refuse("max_entries", None)
+        if self.config.packs and self.keeps is not Seen.kept:
+            self._refuse("allocation", "uniform")
+
+    def _refuse(self, name: str, taken: Any) -> None:
+        given = getattr(self.config, name)
+        raise ValueError(f"{self.label}: {name}={given!r} is not measured here; it takes {taken!r}")
+
+    def uniform(self) -> Candidate:
+        """The same; for measurements of one layer at a time.
+
+        Raises:
+            ValueError: heads compete for the budget.
+        """
+        if self.config.packs:
+            self._refuse("allocation", "uniform")
+        return self
 
         if self.config.reads_rotation:
             raise ValueError(
@@ -48,6 +64,17 @@ class Candidate:
         fields = [f.name for f in dataclasses.fields(self.config) if f.name not in skipped]
         parts = [f"{name}={getattr(self.config, name)}" for name in fields]
         return ", ".join(parts)
+
+
+def every_candidate() -> tuple[str, ...]:
+    """Every registered method with "uniform", "adakv" and, where it applies, "global" shares."""
+    found = []
+    for name, method in METHODS.items():
+        # Only scores that are shares of a layer's compare between layers, see EvictionConfig.
+        globally = method.base or name == "criticalkv"
+        found += [name, f"{name}:allocation=adakv"]
+        found += [f"{name}:allocation=global"] if globally else []
+    return tuple(found)
 
 
 Methods = Sequence[str] | Sequence[Candidate] | Mapping[str, Mapping[str, Any]]

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 
 from ..api import explain
-from ..config import EvictionConfig
-from . import evaluate, headscores, studies
+from ..config import ALLOCATIONS, EvictionConfig
+from . import evaluate, headscores, studies, study_tables
 from .asker import Asker
+from .candidates import every_candidate
 from .evaluate import SETTINGS, Plan
 from .models import SMOLLM2
 from .perturbation import LayerRow, perturbation
@@ -29,7 +30,7 @@ from .shell import (
     text_from,
 )
 from .tasks import TASKS
-from .text import score_table, table
+from .text import score_table, table, wide_table
 from .timing import Timing, timings
 
 
@@ -110,8 +111,16 @@ def run_headscores(parser: argparse.ArgumentParser, args: argparse.Namespace) ->
 
 def run_eval(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     """Questions about long texts; answers go to a file that a second run extends."""
-    candidates = methods_from(parser, args.methods)
-    budgets = budgets_from(parser, args.budgets)
+    if args.show:
+        with one_line(parser):
+            told = evaluate.told(args.results)
+        wanted = (evaluate.FULL, *(args.methods or {one.method: one for one in told}))
+        _show_scores(parser, args, [one for one in told if one.method in wanted])
+        return 0
+    names = args.methods or ("snapkv", "criticalkv")
+    candidates = methods_from(parser, every_candidate() if args.all_methods else names)
+    usual = ("0.05", "0.1", "0.2", "0.4") if args.all_methods else ("0.2", "0.5")
+    budgets = budgets_from(parser, args.budgets or usual)
     with one_line(parser):
         plan = Plan(
             args.model or SMOLLM2, tuple(args.task), tuple(args.lengths), tuple(args.settings),
@@ -125,9 +134,23 @@ def run_eval(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print(f"interrupted; the same command goes on from {args.results}", file=sys.stderr)
         answers, status = evaluate.held(plan, args.results), INTERRUPTED
+    _show_scores(parser, args, answers)
+    return status
+
+
+def _show_scores(
+    parser: argparse.ArgumentParser, args: argparse.Namespace, answers: list[evaluate.Answer]
+) -> None:
+    """Means as tables, plain data or a picture."""
     found = scores(answers, over_tasks=args.over_tasks)
+    times = []
+    if args.timings is not None:
+        with one_line(parser, "cannot read --timings"):
+            times = json.loads(args.timings.read_text(encoding="utf-8"))["rows"]
     if args.json:
         print(json.dumps([dataclasses.asdict(score) for score in found]))
+    elif args.wide:
+        print(wide_table(found, times, markdown=args.markdown))
     else:
         print(score_table(found, markdown=args.markdown))
     if args.save is not None and found:
@@ -135,7 +158,6 @@ def run_eval(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
 
         with one_line(parser, f"cannot save {args.save}"):
             save(score_curves(found), args.save)
-    return status
 
 
 def run_study(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
@@ -143,29 +165,36 @@ def run_study(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     model, tokenizer = loaded(parser, args.model)
     try:
         with one_line(parser), bar(args.name) as step:
-            studies.run(args.name, model, tokenizer, args.tokens, args.results, on_text=step)
+            who = args.model or SMOLLM2
+            given = (args.name, model, tokenizer, args.tokens, args.results)
+            studies.run(*given, model_name=who, on_text=step)
     except KeyboardInterrupt:
-        print(f"interrupted; {args.results} holds the texts so far", file=sys.stderr)
+        print(
+            f"interrupted; {args.results} holds the texts so far; the same command goes on",
+            file=sys.stderr,
+        )
         return INTERRUPTED
-    print(studies.told(args.name, args.results, markdown=args.markdown))
+    print(study_tables.told(args.name, args.results, markdown=args.markdown))
     return 0
 
 
 def run_bench(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     """Seconds and bytes of the model as it is and at each budget."""
-    (candidate,) = methods_from(parser, [args.method])
+    candidates = [methods_from(parser, [args.method], allocation=one)[0] for one in args.allocation]
     budgets = budgets_from(parser, args.budgets)
     model, tokenizer = loaded(parser, args.model)
     found: list[Timing] = []
     status = 0
     try:
         with one_line(parser), bar("full cache") as step:
-            for timing in timings(
-                model, _ids(parser, args, tokenizer), budgets, candidate,
-                lowering=args.lowering, new_tokens=args.new_tokens, repeats=args.repeats,
-                on_step=step,
-            ):  # fmt: skip
-                found.append(timing)
+            ids = _ids(parser, args, tokenizer)
+            for candidate in candidates:
+                for timing in timings(
+                    model, ids, budgets, candidate,
+                    lowering=args.lowering, new_tokens=args.new_tokens, repeats=args.repeats,
+                    full=not found, on_step=step,
+                ):  # fmt: skip
+                    found.append(timing)
     except KeyboardInterrupt:
         print("interrupted; these are the budgets so far", file=sys.stderr)
         status = INTERRUPTED
@@ -181,6 +210,10 @@ def run_bench(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
         with one_line(parser, f"cannot save {args.save}"):
             save(cache_growth(found), args.save)
     return status
+
+
+# "headkv" takes shares as well.
+_TIMED = [name for name in ALLOCATIONS if name != "headkv"]
 
 
 def add_parsers(commands: Any) -> dict[str, argparse.ArgumentParser]:
@@ -223,11 +256,23 @@ def add_parsers(commands: Any) -> dict[str, argparse.ArgumentParser]:
     )
     one.add_argument("--task", nargs="+", default=["single"], help=", ".join(TASKS))
     _compared(one, ["0.2", "0.5"])
+    one.set_defaults(budgets=None, methods=None)  # they depend on the options that follow
+    one.add_argument(
+        "--all-methods",
+        action="store_true",
+        help="every method with uniform, adakv and global shares where it takes them; --budgets "
+        "is then 0.05 0.1 0.2 0.4",
+    )
     one.add_argument("--lengths", nargs="+", type=int, default=[1024], help="tokens; default 1024")
     one.add_argument("--settings", nargs="+", default=list(SETTINGS), help="default: both")
     one.add_argument("--samples", type=int, default=10, help="of each task; default 10")
     one.add_argument("--first-sample", type=int, default=0, help="the seed of the first")
     one.add_argument("--results", type=Path, default=Path("eval.jsonl"), help="read and extended")
+    one.add_argument("--show", action="store_true", help="ask nothing, tell what --results holds")
+    one.add_argument("--wide", action="store_true", help="a row for each method")
+    one.add_argument(
+        "--timings", type=Path, metavar="JSON", help="of bench --json, for the --wide table"
+    )
     one.add_argument("--over-tasks", action="store_true", help="one row for all tasks together")
     one.add_argument("--markdown", action="store_true", help="print the table as Markdown")
     one.add_argument("--save", type=Path, metavar="PNG", help="budget curves")
@@ -254,6 +299,9 @@ def add_parsers(commands: Any) -> dict[str, argparse.ArgumentParser]:
     )
     one.add_argument("--budgets", nargs="+", default=["0.5", "0.2"], help="default 0.5 0.2")
     one.add_argument("--method", default="criticalkv")
+    one.add_argument(
+        "--allocation", nargs="+", default=["uniform"], choices=_TIMED, help="default uniform"
+    )
     one.add_argument("--lowering", default="auto", help="auto (compiles for minutes) or eager")
     one.add_argument("--repeats", type=int, default=3)
     one.add_argument("--new-tokens", type=int, default=16, help="generated each time; default 16")

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from .asker import CONTEXT_ONLY, REGULAR, Asker, Cache
 from .candidates import Candidate, Spec
+from .jsonl import append_lines, read_lines
 from .tasks import TASKS, sample_of
 
 SETTINGS = (REGULAR, CONTEXT_ONLY)
@@ -22,8 +22,8 @@ FULL, BOTH = "full", "both"
 class Answer:
     """One answer over one cache; a line of the results file.
 
-    ``kept`` entries per KV head of ``tokens``. ``options`` are those of the method. ``loss``: nats
-    per token of a right answer.
+    ``kept`` entries per KV head of ``tokens``, and their bytes; 0 in files of older versions.
+    ``options`` are those of the method. ``loss``: nats per token of a right answer.
     """
 
     model: str
@@ -40,12 +40,19 @@ class Answer:
     loss: float
     answer: str
     expected: tuple[str, ...]
+    cache_bytes: int = 0
 
     @property
     def key(self) -> tuple[Any, ...]:
         """What need not be asked twice."""
         asked = (self.model, self.task, self.length, self.sample)
         return (*asked, self.setting, self.method, self.options, str(self.budget))
+
+    @property
+    def allocation(self) -> str:
+        """As ``options`` name it; "" of the full cache."""
+        options = dict(one.split("=", 1) for one in self.options.split(", ") if "=" in one)
+        return options.get("allocation", "")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +128,7 @@ def run(
         new = _ask(asker, plan, asked, set(answers))
         answers |= {answer.key: answer for answer in new}
         if new and results is not None:
-            _append(results, new)
+            append_lines(results, map(dataclasses.asdict, new))
     return [answers[key] for key in plan.every_key()]
 
 
@@ -148,24 +155,29 @@ def _ask(
             new.append(Answer(
                 plan.model, task, length, index, where, label, options, reply.cache[0],
                 prompt.tokens, reply.kept, sample.score(reply.text), reply.loss, reply.text,
-                sample.answers,
+                sample.answers, reply.cache_bytes,
             ))  # fmt: skip
     return new
 
 
-def _append(results: Path, answers: list[Answer]) -> None:
-    results.parent.mkdir(parents=True, exist_ok=True)
-    with results.open("a", encoding="utf-8") as file:
-        file.write("".join(json.dumps(dataclasses.asdict(a)) + "\n" for a in answers))
-
-
 def read(results: Path | None) -> list[Answer]:
-    """The answers in a file; a last line that was cut off in the middle is taken out of it."""
-    if results is None or not results.exists():
-        return []
-    text = results.read_text(encoding="utf-8")
-    if text and not text.endswith("\n"):
-        text = text[: text.rfind("\n") + 1]
-        results.write_text(text, encoding="utf-8")
-    lines = [json.loads(line) for line in text.splitlines() if line.strip()]
+    """The answers in a file."""
+    lines = read_lines(results)
     return [Answer(**{**line, "expected": tuple(line["expected"])}) for line in lines]
+
+
+def told(results: Path) -> list[Answer]:
+    """The same for a table, which knows methods by their labels alone.
+
+    Raises:
+        ValueError: there are none; or a label stands for different options, or models.
+    """
+    answers = read(results)
+    if not answers:
+        raise ValueError(f"{results} holds no answers")
+    known: dict[str, tuple[str, str]] = {}
+    for answer in answers:
+        meant = (answer.model, answer.options)
+        if known.setdefault(answer.method, meant) != meant:
+            raise ValueError(f"{results} has {answer.method!r} with different options or models")
+    return answers

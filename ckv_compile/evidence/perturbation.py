@@ -132,6 +132,14 @@ class PerturbationReport:
         data["hidden"] = [dataclasses.asdict(row) for row in self.hidden]
         return data | {"summary": self.summary()}
 
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> PerturbationReport:
+        """What ``to_dict`` made, from JSON as well."""
+        given = {f.name: data[f.name] for f in dataclasses.fields(cls) if f.name in data}
+        for name, kind in (("rows", LayerRow), ("hidden", HiddenRow)):
+            given[name] = tuple(kind(**_with_tuples(row)) for row in given[name])
+        return cls(**_with_tuples(given))
+
     def save(self, path: str | Path) -> Path:
         """Write ``.html`` (one file with pictures), ``.json`` or a picture, ``.png``.
 
@@ -147,6 +155,11 @@ class PerturbationReport:
         from .text import perturbation_table
 
         return perturbation_table(self)
+
+
+def _with_tuples(data: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON has lists alone."""
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
 
 
 def _mean(rows: Sequence[LayerRow], name: str) -> float:
@@ -192,7 +205,7 @@ def perturbation(
     Raises:
         TypeError, ValueError: naming the argument and what it takes; or if no attention is matched.
     """
-    chosen = candidates_of(methods, **options)
+    chosen = tuple(one.uniform() for one in candidates_of(methods, **options))
     wanted = _Wanted(chosen, tuple(budgets), *_lengths(input_ids, chosen, queries, later))
     watcher = watcher or Watcher(model)
     cache = _cache_of(model)

@@ -127,6 +127,10 @@ def score_curves(scores: Sequence[Score]) -> Any:
     settings = [s for s in dict.fromkeys(one.setting for one in scores) if s != BOTH]
     tasks = list(dict.fromkeys((one.task, one.length) for one in scores))
     methods = [m for m in dict.fromkeys(one.method for one in scores) if m != "full"]
+    if len(methods) > len(_COLOURS):
+        raise ValueError(
+            f"{len(methods)} methods in one picture; it takes {len(_COLOURS)}: name them, --methods"
+        )
     figure = _figure(1.5 + 4.5 * len(settings), 0.9 + 3 * len(tasks))
     panels = figure.subplots(len(tasks), len(settings), sharex=True, sharey=True, squeeze=False)
     for row, (task, length) in zip(panels, tasks, strict=True):
@@ -183,7 +187,7 @@ def cache_growth(timings: Sequence[Timing]) -> Any:
     axes = figure.subplots()
     for i, timing in enumerate(timings):
         full = timing.method == "full"
-        label = "full cache" if full else f"budget {timing.budget}"
+        label = "full cache" if full else f"{timing.allocation}, budget {timing.budget}"
         sizes = [size / 2**20 for size in timing.bytes_by_token]
         style = {"color": _COLOURS[i % 7], "linestyle": _LINES[i % 4], "drawstyle": "steps-post"}
         axes.plot(range(len(sizes)), sizes, label=label, **style)
@@ -191,7 +195,7 @@ def cache_growth(timings: Sequence[Timing]) -> Any:
     axes.set_ylabel("storage of keys and values (MiB),\nroom to grow included")
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
-    axes.legend()
+    figure.legend(loc="outside lower center", ncols=3)
     return figure
 
 

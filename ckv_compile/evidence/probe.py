@@ -15,7 +15,7 @@ from ..config import EvictionConfig
 from ..inputs import mark_dynamic, tokens_of
 from ..kernels.select import select
 from ..kernels.window_attention import with_heads
-from ..methods.base import ScoreInputs, scores_of
+from ..methods.base import ScoreInputs, Scores, scores_of
 from ..passes.einsum import spell_out_einsums
 from ..passes.match import match_sites
 from ..passes.projections import insert_weight
@@ -38,6 +38,14 @@ class Remembered(ScoreInputs):
 
     def norm_to_select_by(self) -> Tensor:
         return self.projected_norm()  # made once for all budgets
+
+    def projected_norms(self, norm: str | None = None) -> Tensor:
+        key = ("norms", norm or self.config.norm)
+        return self._once(key, functools.partial(super().projected_norms, norm))
+
+    def attention_rows(self, reduce: str, *args: Any, **options: Any) -> Tensor:
+        key = ("rows", self.config.window_size, reduce, args, *sorted(options.items()))
+        return self._once(key, functools.partial(super().attention_rows, reduce, *args, **options))
 
     def _once(self, key: Any, compute: Callable[[], Tensor]) -> Tensor:
         if key not in self.memo:
@@ -75,12 +83,16 @@ class Seen:
 
     def kept(self, config: EvictionConfig, budget: int) -> Tensor:
         """Positions ``[B, Hkv, budget]`` that the eviction node keeps with these options."""
-        scores = scores_of(config.method, dataclasses.replace(self.inputs, config=config))
+        scores = self.scores(config)
         return self.selected(scores.base, scores.made_norm, config, budget)
+
+    def scores(self, config: EvictionConfig) -> Scores:
+        """What the method gives each entry, ``[B, Hkv, K]``."""
+        return scores_of(config.method, dataclasses.replace(self.inputs, config=config))
 
     def first_stage(self, config: EvictionConfig, budget: int) -> Tensor:
         """What attention alone has chosen before values are looked at; all of it without norms."""
-        scores = scores_of(config.method, dataclasses.replace(self.inputs, config=config))
+        scores = self.scores(config)
         if scores.norm is not None:
             ratio = config.first_stage_ratio
             budget = min(budget, max(int(ratio * budget + 1e-9), config.window_size))

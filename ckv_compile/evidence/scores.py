@@ -32,7 +32,7 @@ class Score:
 
     ``better``, ``worse``: on how many samples it does better or worse than the first method of the
     same setting and budget; ``lower_loss``: on how many it finds the right answer more likely.
-    ``loss`` is the mean, in nats per token.
+    ``loss`` is the mean, in nats per token; so is ``cache_bytes``, 0 where nobody counted.
     """
 
     task: str
@@ -48,6 +48,8 @@ class Score:
     better: int = 0
     worse: int = 0
     lower_loss: int = 0
+    cache_bytes: float = 0.0
+    allocation: str = ""
 
 
 def scores(answers: Sequence[Answer], *, over_tasks: bool = False) -> list[Score]:
@@ -76,5 +78,7 @@ def scores(answers: Sequence[Answer], *, over_tasks: bool = False) -> list[Score
             better=sum(a.score > b.score for a, b in pairs),
             worse=sum(a.score < b.score for a, b in pairs),
             lower_loss=sum(a.loss < b.loss for a, b in pairs),
+            cache_bytes=sum(a.cache_bytes for a in group.values()) / count,
+            allocation=next(iter(group.values())).allocation,
         ))  # fmt: skip
     return found

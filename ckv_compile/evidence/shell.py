@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any, NoReturn
@@ -76,13 +76,13 @@ def text_from(parser: argparse.ArgumentParser, path: Path | None) -> str:
         return path.read_text(encoding="utf-8")
 
 
-def budgets_from(parser: argparse.ArgumentParser, specs: list[str]) -> tuple[Spec, ...]:
+def budgets_from(parser: argparse.ArgumentParser, specs: Sequence[str]) -> tuple[Spec, ...]:
     with one_line(parser):
         return tuple(Budget(spec).spec for spec in specs)
 
 
 def methods_from(
-    parser: argparse.ArgumentParser, names: list[str], **options: Any
+    parser: argparse.ArgumentParser, names: Sequence[str], **options: Any
 ) -> tuple[Candidate, ...]:
     """``criticalkv`` or ``criticalkv:epsilon=0,norm=l2``, each under the name as it was typed.
 

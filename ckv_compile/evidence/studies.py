@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from .candidates import Candidate
+from .jsonl import Steps
 from .perturbation import BUDGETS, PerturbationReport, perturbation
 from .probe import Seen, Watcher
-from .text import table
+from .study_tables import Line
 from .variants import (
     RATIOS,
     calibrated,
@@ -40,9 +41,6 @@ TUNING = ("topic:execmodel import naming",)
 HELD_OUT = ("topic:specialnames", "topic:compound numeric-types", "module:textwrap", "module:ast")
 LATER = 32
 
-# A line of a study's results.
-Line = dict[str, Any]
-
 
 def text_of(name: str) -> str:
     """``topic:a b`` are pages of Python's documentation, ``module:a`` a module's source."""
@@ -54,14 +52,20 @@ def text_of(name: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Bench:
-    """A model, traced once, and texts as ids ``[1, tokens]``."""
+    """A model, traced once, and texts as ids ``[1, tokens]``; what was read is not read again.
 
+    ``seconds`` are those of each measurement so far, also of those that an earlier run has made.
+    """
+
+    name: str
     model: Any
     tokenizer: Any
     watcher: Watcher
     tokens: int
+    steps: Steps
     # Is told of each text before it is read.
     on_text: Callable[[str], None] = lambda name: None
+    seconds: list[float] = dataclasses.field(default_factory=list)
 
     def ids(self, name: str) -> Tensor:
         found = self.tokenizer(text_of(name), return_tensors="pt").input_ids
@@ -74,10 +78,34 @@ class Bench:
     ) -> PerturbationReport:
         """``later``: queries that no method has seen; 0 for those of the window."""
         self.on_text(f"{name}, {'later' if later else 'window'} queries")
-        return perturbation(
-            self.model, self.ids(name), budgets, methods,
-            queries=LATER, later=later, hidden=later > 0, watcher=self.watcher,
-        )  # fmt: skip
+
+        def compute() -> Line:
+            began = time.perf_counter()
+            report = perturbation(
+                self.model, self.ids(name), budgets, methods,
+                queries=LATER, later=later, hidden=later > 0, watcher=self.watcher,
+            )  # fmt: skip
+            return {"report": report.to_dict(), "seconds": time.perf_counter() - began}
+
+        asked = [[one.label, one.options, one.keeps.__qualname__] for one in methods]
+        found = self._once(name, later, list(budgets), asked, compute=compute)
+        self.seconds.append(found["seconds"])
+        return PerturbationReport.from_dict(found["report"])
+
+    def watched(self, name: str, of: Callable[[Seen], Line]) -> list[Line]:
+        """What ``of`` makes of each attention while a text is read."""
+        self.on_text(name)
+
+        def compute() -> list[Line]:
+            lines: list[Line] = []
+            inputs = {"input_ids": self.ids(name), "use_cache": True, "logits_to_keep": 1}
+            self.watcher(lambda seen: lines.append(of(seen)), **inputs)
+            return lines
+
+        return self._once(name, of.__qualname__, compute=compute)
+
+    def _once(self, *asked: Any, compute: Callable[[], Any]) -> Any:
+        return self.steps.take([self.name, self.tokens, *asked], compute)
 
 
 def epsilon(bench: Bench) -> Iterator[Line]:
@@ -169,12 +197,11 @@ def stages(bench: Bench) -> Iterator[Line]:
             variant(f"snapkv, window {size}", method="snapkv", window_size=size),
             variant(f"criticalkv, window {size}", window_size=size),
         ]
-    began = time.perf_counter()
     chosen = {}
     for budget in (0.1, 0.2, 0.4):
         found = bench.measure(TUNING[0], ratios, LATER, (budget,))
         chosen[budget] = calibrated(found, budget)
-    seconds = time.perf_counter() - began
+    seconds = sum(bench.seconds)
     for budget, by_site in chosen.items():
         counts = dict.fromkeys(RATIOS, 0)
         for ratio in (ratio for row in by_site.values() for ratio in row):
@@ -226,14 +253,8 @@ def _both(seen: Seen, config: Any, budget: int) -> Tensor:
 def norms(bench: Bench) -> Iterator[Line]:
     """Rank correlation of L1 and L2 norms on real values; what there is to rank at all."""
     for name in (*TUNING, *HELD_OUT):
-        lines: list[Line] = []
-
-        def visit(seen: Seen, lines: list[Line] = lines, name: str = name) -> None:
-            lines.append({"text": name, "site": seen.name, **_norm_numbers(seen)})
-
-        bench.on_text(name)
-        bench.watcher(visit, input_ids=bench.ids(name), use_cache=True, logits_to_keep=1)
-        yield from lines
+        for line in bench.watched(name, _norm_numbers):
+            yield {"text": name, **line}
 
 
 def _norm_numbers(seen: Seen) -> Line:
@@ -248,6 +269,7 @@ def _norm_numbers(seen: Seen) -> Line:
     prefix = attention[:, : -config.window_size]
     l1 = by_name["l1"][:, 4:]  # without the sink
     return {
+        "site": seen.name,
         "spearman_l1_l2": _spearman(by_name["l1"], by_name["l2"]),
         "spearman_l1_value": _spearman(by_name["l1"], by_name["value"]),
         "norm_variation": (l1.std(-1) / l1.mean(-1)).tolist(),
@@ -287,12 +309,17 @@ def run(
     tokens: int,
     results: Path,
     *,
+    model_name: str = "",
     on_text: Callable[[int, int, str], None] | None = None,
 ) -> int:
     """Write the lines of a study to ``results`` (JSON lines), anew; returns their number.
 
+    Beside them lies a file of what has been measured, until all of it is: after an interruption the
+    same call goes on from there.
+
     Args:
         tokens: of each text.
+        model_name: whose measurements those are.
         on_text: is called with the number of the text that is read, how many there are, its name.
     """
     texts = itertools.count()
@@ -301,77 +328,15 @@ def run(
         if on_text is not None:
             on_text(next(texts), _READS[name], text)
 
-    bench = Bench(model, tokenizer, Watcher(model), tokens, step)
     results.parent.mkdir(parents=True, exist_ok=True)
+    steps = Steps(results.with_name(f"{results.name}.steps"))
+    who = f"{name} of {model_name}"
+    bench = Bench(who, model, tokenizer, Watcher(model), tokens, steps, step)
     number = 0
     with results.open("w", encoding="utf-8") as file, torch.no_grad():
         for line in STUDIES[name](bench):
             file.write(json.dumps(line) + "\n")
             file.flush()
             number += 1
+    steps.finish()
     return number
-
-
-def told(name: str, results: Path, *, markdown: bool = False) -> str:
-    """The results of a study as tables."""
-    lines = [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()]
-    if name == "norms":
-        return table(_norms_told(lines), markdown=markdown)
-    compared = [line for line in lines if "than" in line]
-    found = [line for line in lines if "calibration" in line]
-    parts = [
-        f"{line['budget']:g}: alpha of {line['heads']} KV heads on {line['calibration']}"
-        for line in found
-    ]
-    if found:
-        parts.append(f"{found[0]['seconds']:.0f} s in all")
-    for later in sorted({line["later"] for line in compared}):
-        for part in dict.fromkeys(line["part"] for line in compared):
-            here = [one for one in compared if (one["later"], one["part"]) == (later, part)]
-            if here:
-                seen = "queries not seen" if later else "queries of the window"
-                parts += [f"\n{part} texts, {seen}:\n", table(_told(here), markdown=markdown)]
-    return "\n".join(parts)
-
-
-def _told(lines: Sequence[Line]) -> list[Line]:
-    """One row for each method and budget, over texts; ratios to what it is compared with."""
-    found = []
-    single = [line for line in lines if line["text"] != "mean of all"]
-    means = {(o["budget"], o["method"]): o for o in lines if o["text"] == "mean of all"}
-    for budget, method in dict.fromkeys((one["budget"], one["method"]) for one in single):
-        mine = [one for one in single if (one["budget"], one["method"]) == (budget, method)]
-        than = mine[0]["than"]
-        if method == than:
-            continue
-        other = [one for one in single if (one["budget"], one["method"]) == (budget, than)]
-        row: Line = {"budget": budget, "method": method, "than": than}
-        for what, name in (("perturbation", "heads"), ("theta", "theta"), ("group", "groups")):
-            shares = [one[f"better_{what}"] / one[f"heads_{what}"] for one in mine]
-            row[f"{name} better %"] = f"{100 * sum(shares) / len(shares):.0f}"
-            if what == "perturbation":
-                row["least to most %"] = f"{100 * min(shares):.0f} to {100 * max(shares):.0f}"
-        mean = means.get((budget, method))
-        if mean is not None:
-            share = mean["better_perturbation"] / mean["heads_perturbation"]
-            row["by mean of texts %"] = f"{100 * share:.0f}"
-        for what in ("perturbation", "layer", "hidden"):
-            if mine[0][what] is not None:
-                ratio = sum(one[what] for one in mine) / sum(one[what] for one in other)
-                row[f"{what} ratio"] = f"{ratio:.3f}"
-        found.append(row)
-    return found
-
-
-def _norms_told(lines: Sequence[Line]) -> list[Line]:
-    """Mean and quantiles over texts, layers and KV heads."""
-    found = []
-    for name in (key for key, value in lines[0].items() if isinstance(value, list)):
-        values = torch.tensor([number for line in lines for number in line[name]])
-        quantiles = torch.quantile(values, torch.tensor([0.0, 0.1, 0.5, 0.9, 1.0])).tolist()
-        names = ("least", "10 %", "median", "90 %", "most")
-        found.append({
-            "of each KV head": name, "heads": len(values), "mean": float(values.mean()),
-            **dict(zip(names, quantiles, strict=True)),
-        })  # fmt: skip
-    return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -75,8 +75,58 @@ def score_table(scores: Sequence[Score], *, markdown: bool = False) -> str:
                 "better / worse": f"{score.better} / {score.worse}",
                 "loss": f"{score.loss:.2f}",
                 "lower loss": score.lower_loss,
+                "cache": f"{score.cache_bytes / 2**20:.1f} MiB" if score.cache_bytes else None,
             }
             for score in scores
         ],
         markdown=markdown,
     )
+
+
+def wide_table(
+    scores: Sequence[Score], timings: Sequence[Mapping[str, Any]] = (), *, markdown: bool = False
+) -> str:
+    """A table for each task and setting with a row for each method and a column for each budget.
+
+    Args:
+        timings: rows of ``bench --json``, whose time for a token stands beside a method with the
+            same allocation; which entries of a head are kept takes no time when they are read.
+    """
+    cuts = [score for score in scores if score.allocation]
+    budgets = sorted({score.budget for score in cuts}, key=str)
+    seconds = {(row["allocation"], str(row["budget"])): row["per_token_s"] for row in timings}
+    parts = []
+    for where in dict.fromkeys((score.task, score.length, score.setting) for score in cuts):
+        here = [score for score in cuts if (score.task, score.length, score.setting) == where]
+        rows = []
+        for method in dict.fromkeys(score.method for score in here):
+            mine = {score.budget: score for score in here if score.method == method}
+            row: dict[str, Any] = {"method": method.replace(":allocation=", ", ")}
+            row |= {_head(budget, here): _wide_cell(mine.get(budget)) for budget in budgets}
+            times = [seconds.get((next(iter(mine.values())).allocation, str(b))) for b in budgets]
+            if any(times):
+                shown = ("-" if time is None else f"{1000 * time:.1f}" for time in times)
+                row["ms per token"] = " / ".join(shown)
+            rows.append(row)
+        samples = sorted({score.samples for score in here})
+        count = " to ".join(str(n) for n in dict.fromkeys((samples[0], samples[-1])))
+        full = [s for s in scores if not s.allocation and (s.task, s.length) == where[:2]]
+        told = "".join(f"; full cache: {_wide_cell(score)}" for score in full)
+        parts += [f"{where[0]}, {where[1]:,} tokens, {where[2]}: {count} samples{told}\n"]
+        parts += [table(rows, markdown=markdown) + "\n"]
+    return "\n".join(parts).rstrip()
+
+
+def _head(budget: Any, scores: Sequence[Score]) -> str:
+    """A budget and the cache that it leaves, which is the same for all methods."""
+    share = f"{100 * budget:g} %" if isinstance(budget, float) else str(budget)
+    size = next((score.cache_bytes for score in scores if score.budget == budget), 0)
+    return f"{share}, {size / 2**20:.1f} MiB" if size else share
+
+
+def _wide_cell(score: Score | None) -> str:
+    """Score, its 95 % interval, and the loss."""
+    if score is None:
+        return "-"
+    interval = f"({100 * score.low:.0f} to {100 * score.high:.0f})"
+    return f"{100 * score.mean:.0f} {interval} {score.loss:.2f}"

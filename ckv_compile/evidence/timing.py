@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..api import optimize, restore
+from ..sizes import TAIL
 from .caches import fresh_cache
 from .candidates import Candidate, Spec
 
@@ -19,7 +20,8 @@ from .candidates import Candidate, Spec
 class Timing:
     """One budget; ``method`` "full" is the model as written. Times are the best of all repeats.
 
-    ``bytes_by_token``: storage of the cache after the prompt and after each token.
+    ``kept`` entries per KV head, the mean of all where heads compete. ``bytes_by_token``: storage
+    of the cache after the prompt and after each token.
     """
 
     method: str
@@ -31,6 +33,7 @@ class Timing:
     cache_bytes: int
     first_call_s: float
     bytes_by_token: tuple[int, ...] = ()
+    allocation: str = ""
 
 
 @torch.no_grad()
@@ -43,9 +46,10 @@ def timings(
     lowering: str = "auto",
     new_tokens: int = 8,
     repeats: int = 3,
+    full: bool = True,
     on_step: Callable[[int, int, str], None] | None = None,
 ) -> Iterator[Timing]:
-    """The model as it is, and at each budget; in the end it is as it was.
+    """The model as it is, if ``full``, and at each budget; in the end it is as it was.
 
     Args:
         input_ids: ``[B, n]``, a prompt.
@@ -54,11 +58,13 @@ def timings(
     """
     options = {**vars(candidate.config), "lowering": lowering}
     del options["budget"]
-    steps: list[Spec | None] = [None, *budgets]
+    steps: list[Spec | None] = [*([None] if full else []), *budgets]
+    allocation = candidate.config.allocation
     try:
         for number, budget in enumerate(steps):
             if on_step is not None:
-                on_step(number, len(steps), "full cache" if budget is None else f"budget {budget}")
+                at = "full cache" if budget is None else f"{allocation}, budget {budget}"
+                on_step(number, len(steps), at)
             restore(model) if budget is None else optimize(model, budget, **options)
             first = time.perf_counter()
             _run(model, input_ids, 2)
@@ -75,6 +81,7 @@ def timings(
                 sizes[0],
                 first,
                 tuple(sizes),
+                "" if budget is None else allocation,
             )
     finally:
         restore(model)
@@ -86,7 +93,7 @@ def _run(model: Any, ids: Tensor, steps: int) -> tuple[float, float, list[int], 
     start = time.perf_counter()
     logits = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
     prefill = time.perf_counter() - start
-    kept = max(layer.keys.shape[2] for layer in cache.layers)
+    kept = _kept(cache)
     sizes, seconds = [cache.nbytes], 0.0
     for _ in range(steps):
         token = logits[:, -1].argmax(-1, keepdim=True)
@@ -95,3 +102,12 @@ def _run(model: Any, ids: Tensor, steps: int) -> tuple[float, float, list[int], 
         seconds += time.perf_counter() - start
         sizes.append(cache.nbytes)
     return prefill, seconds / steps, sizes, kept
+
+
+def _kept(cache: Any) -> int:
+    """Entries per KV head behind the prompt: of the fullest layer, or the mean of packed ones."""
+    packed = [layer.packed for layer in cache.layers if getattr(layer, "packed", None) is not None]
+    if not packed:
+        return max(layer.keys.shape[2] for layer in cache.layers)
+    counts = torch.cat([one.lengths for one in packed])
+    return round(TAIL + float(counts.sum()) / len(counts))

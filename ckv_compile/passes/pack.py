@@ -91,7 +91,7 @@ def without_unpacked(
     if unread and not first:
         first = f"{unread} layers of the same cache are left alone"
     if config.allocation not in _BY_LAYER and not first:
-        first = _unlike(cut)
+        first = unlike(cut)
     left = [site for site in sites if site.phase != "prefill" or not first]
     if first:
         for site in cut:
@@ -105,6 +105,11 @@ def _unpackable(site: AttentionSite, wanted: dict[Node, Wanted]) -> str:
     """Why later calls could not read the site's entries in packed form; "" if they could."""
     if site.cache_key not in wanted:
         return f"{site.cache_key.name} is kept by a cache that takes no packed entries"
+    return unpackable(site)
+
+
+def unpackable(site: AttentionSite) -> str:
+    """The same of the attention itself, whatever its cache."""
     if site.latent:
         return "K and V are made of one latent head"
     if not vocab.is_sdpa(site.sdpa):
@@ -114,7 +119,7 @@ def _unpackable(site: AttentionSite, wanted: dict[Node, Wanted]) -> str:
     return ""
 
 
-def _unlike(sites: Sequence[AttentionSite]) -> str:
+def unlike(sites: Sequence[AttentionSite]) -> str:
     """Why the layers could not share one store and one budget; "" if they can."""
     sizes = {(s.num_key_value_heads, s.head_dim, s.value_head_dim) for s in sites}
     if len(sizes) > 1:
