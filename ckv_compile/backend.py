@@ -167,13 +167,13 @@ def report_of_graph(
 
     def describe(site: AttentionSite) -> Traced:
         eviction = evictions.get(site.index)
-        kept, budget_from = site.kv_len, ""
+        kept, budget_from, before = site.kv_len, "", 0
         if eviction is not None:
-            kept = eviction.entries
+            kept, before = eviction.entries, eviction.before
             budget_from = "config" if eviction.module.from_config else "input"
         return Traced(
             batch_size=_size(site.batch_size),
-            kv_len=_size(site.kv_len),
+            kv_len=_size(site.kv_len + before),
             kept=_size(kept),
             row_bytes=row_bytes(site),
             weight=_source_of(site.projection, names or {}),

@@ -163,10 +163,11 @@ class EvictionConfig:
         least = self.window_size + self.interval + 1
         takes = f"an int >= window_size + interval + 1 = {least}, or None"
         _check_int("max_entries", self.max_entries, takes, self.max_entries, least)
-        if self.packs:
+        if self.packs and not self.cuts_packed:
             raise ValueError(
-                f"max_entries={self.max_entries} with allocation={self.allocation!r}; it takes "
-                f"'uniform': heads of different lengths are cut once, behind the prompt"
+                f"max_entries={self.max_entries} with allocation={self.allocation!r} and "
+                f"{self.scored_by}, which looks at several heads at once: heads that hold "
+                f"different entries are cut again by scores of each head alone"
             )
 
     @classmethod
@@ -189,6 +190,18 @@ class EvictionConfig:
     def packs(self) -> bool:
         """Whether heads keep different numbers of entries, in packed form."""
         return self.allocation != "uniform"
+
+    @property
+    def scored_by(self) -> str:
+        """The option that names the scores."""
+        based = self.method == "criticalkv"
+        return f"base={self.base!r}" if based else f"method={self.method!r}"
+
+    @property
+    def cuts_packed(self) -> bool:
+        """Whether heads that hold different entries can be cut again."""
+        names = (self.method, self.base) if self.method == "criticalkv" else (self.method,)
+        return all(METHODS[name].by_head for name in names)
 
     @property
     def reads_projection(self) -> bool:

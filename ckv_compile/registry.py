@@ -31,6 +31,8 @@ class Method:
             output projection has to be found.
         base: whether its scores are never negative and grow with what an entry is worth, so that
             CriticalKV may multiply them by a norm.
+        by_head: whether it scores a head's entries by that head alone, so that heads that hold
+            different entries can be scored again.
         key: what its code is known by in the compile cache; empty for methods of this package,
             whose every source file is part of that key in any case.
     """
@@ -38,6 +40,7 @@ class Method:
     function: Callable[[Any], Any]
     reads_projection: bool = False
     base: bool = False
+    by_head: bool = False
     key: str = ""
 
 
@@ -50,6 +53,7 @@ def register_method(
     *,
     reads_projection: bool = False,
     base: bool = False,
+    by_head: bool = False,
 ) -> None:
     """Make ``EvictionConfig(method=name)``, and so ``optimize(..., method=name)``, take a method.
 
@@ -62,6 +66,8 @@ def register_method(
         reads_projection: whether it asks the inputs for projected norms.
         base: whether ``EvictionConfig(method="criticalkv", base=name)`` takes it: its scores are
             never negative and grow with what an entry is worth.
+        by_head: whether it looks at each KV head, and the query heads of its group, alone. Only
+            then can it cut again what an allocation has left: heads that hold different entries.
 
     Raises:
         TypeError, ValueError: naming the argument and what it takes.
@@ -72,7 +78,8 @@ def register_method(
         raise ValueError(f"name={name!r} is not a name; it takes letters, digits and _")
     if name in METHODS or name in UNAVAILABLE:
         raise ValueError(f"name={name!r} is taken; the names are {', '.join(METHODS)}")
-    for flag, value in (("reads_projection", reads_projection), ("base", base)):
+    flags = {"reads_projection": reads_projection, "base": base, "by_head": by_head}
+    for flag, value in flags.items():
         if not isinstance(value, bool):
             raise TypeError(f"{flag}={value!r}; it takes True or False")
     takes = "it takes a function of one argument, the ScoreInputs, that returns Scores"
@@ -82,7 +89,7 @@ def register_method(
         inspect.signature(function).bind(None)
     except (TypeError, ValueError) as error:
         raise TypeError(f"function={function!r}: {error}; {takes}") from None
-    METHODS[name] = Method(function, reads_projection, base, key_of(function))
+    METHODS[name] = Method(function, reads_projection, base, by_head, key_of(function))
 
 
 def bases() -> tuple[str, ...]:

@@ -174,7 +174,7 @@ class OptimizedForward:
                     f"max_entries={self.config.max_entries} bounds a cache that grows; an "
                     f"EvictedCache(max_new_tokens=...) is bounded by that"
                 )
-            room.watch(cache)
+            room.watch(cache, self.model)
         # An encoder's entries are cut at the first call, be it of one token.
         least = 1 if self.config.cross_attention else 2
         if fresh:
@@ -182,12 +182,9 @@ class OptimizedForward:
         else:
             cutting = self._cuts_again(cache) if q_len > 1 else self._is_full(cache, q_len)
         cutting = cutting and room.counts_all(cache)
-        if not fresh and q_len > 1 and room.is_packed(cache) and self._would_cut_again(cache):
-            self._warn_once(
-                "packed",
-                f"allocation={self.config.allocation!r} cuts the first piece of a prompt alone: "
-                "what follows it is kept whole",
-            )
+        packs = self.config.packs or room.is_packed(cache)
+        if not fresh and q_len > 1 and packs and not self._cuts_packed(cache):
+            self._warn_packed(cache)
         with room.writing(cache, self.model, q_len, cutting=cutting):
             result, plan = self._run(tokens, cache, fresh, cutting, args, kwargs)
         if plan is not None:
@@ -198,14 +195,22 @@ class OptimizedForward:
 
     def _cuts_again(self, cache: Any) -> bool:
         """Whether several tokens behind ``cache`` leave it cut to the budget of all of them."""
-        return self._would_cut_again(cache) and cache_room().can_cut_again(cache)
+        return self._would_cut_again(cache) and self._can_cut_again(cache)
+
+    def _can_cut_again(self, cache: Any) -> bool:
+        return self._cuts_packed(cache) and cache_room().can_cut_again(cache)
+
+    def _cuts_packed(self, cache: Any) -> bool:
+        """Whether the options fit the form in which the cache holds what it was cut to."""
+        config = self.config
+        return config.cuts_packed if config.packs else not cache_room().is_packed(cache)
 
     def _is_full(self, cache: Any, q_len: int) -> bool:
         """Whether a single token would take the cache over its bound."""
         most, room = self.config.max_entries, cache_room()
         if most is None or q_len != 1 or room.takes_back(cache):
             return False
-        return room.most_held(cache) + 1 > most and room.can_cut_again(cache)
+        return room.most_held(cache) + 1 > most and self._can_cut_again(cache)
 
     def _would_cut_again(self, cache: Any) -> bool:
         """Whether several more tokens are a piece of a prompt, or a turn that is cut."""
@@ -313,15 +318,19 @@ class OptimizedForward:
             if self._fits_all_layers(cache, mask, plan):
                 return plan
             return plan_for(self.config, tokens, size=size, strict=strict)
-        layer = cache_room().first_layer(cache)
+        layer, packed = cache_room().first_layer(cache), cache_room().packed_rows(cache)
         before = layer.get_seq_length()
+        counted = seen_mask is not None and seen_mask.shape[1] == before + tokens.shape[1]
         if mask is not None:
             kv_len = layer.held + tokens.shape[1]
-            counted = seen_mask is not None and seen_mask.shape[1] == before + tokens.shape[1]
             # Who does not know how many tokens its rows have seen, or has pads between them, waits.
             if not counted or not is_contiguous(mask[:, -kv_len:]):
                 return None
-        seen_mask = None if mask is None else seen_mask
+        # Rows that are packed to different lengths were padded: each counts its own tokens.
+        differ = packed is not None and len(set(packed)) > 1
+        if differ and not counted:
+            return None
+        seen_mask = None if mask is None and not differ else seen_mask
         plan = plan_for(
             self.config if tokens.shape[1] > 1 else self.config.bounded,
             tokens,
@@ -330,8 +339,11 @@ class OptimizedForward:
             seen_mask=seen_mask,
             held_mask=mask,
             before=before,
+            packed=packed,
             size=size,
         )
+        if self.config.packs and plan.total is None:
+            return None
         return plan if self._fits_all_layers(cache, seen_mask, plan) else None
 
     def _fits_all_layers(self, cache: Any, mask: Tensor | None, plan: Plan) -> bool:
@@ -384,6 +396,17 @@ class OptimizedForward:
             self._warn_once(
                 "padding", "a padded batch (PADDING_MASK) is not evicted: it keeps its whole cache"
             )
+
+    def _warn_packed(self, cache: Any) -> None:
+        """Say that heads of different lengths are not cut again, where they would have been."""
+        if self._would_cut_again(cache):
+            why = f"allocation={self.config.allocation!r} does not read its packed entries"
+            if self.config.packs:
+                why = (
+                    f"{self.config.scored_by} looks at several heads at once, which now hold "
+                    "different entries"
+                )
+            self._warn_once("packed", f"what follows this prompt is kept whole: {why}")
 
     def _warn_once(self, about: str, message: str) -> None:
         if about not in self.warned:

@@ -17,11 +17,12 @@ from transformers.cache_utils import (
     LinearAttentionAndFullAttentionLayer,
 )
 
-from ..sizes import sized
+from ..sizes import TAIL, sized
 from . import files
 from .fixed import FixedLayer
 from .hybrid import EvictedHybridLayer
 from .layers import EvictedLayer
+from .packed import row_means
 
 
 class EvictedCache(DynamicCache):
@@ -95,6 +96,9 @@ class EvictedCache(DynamicCache):
         """
         cache = cls()
         cache.layers, cache.fingerprint = files.read(path, model, device)
+        spread = max(packed_rows(cache) or [0])
+        for layer in evicted_layers(cache):
+            layer.spread = spread
         _share_sizes(cache)
         return cache
 
@@ -237,15 +241,24 @@ def announce(cache: Any, plan: Any) -> None:
         layer.plan = plan
 
 
-def watch(cache: Any) -> None:
+def watch(cache: Any, model: Any) -> None:
     """Keep the last queries beside the entries."""
+    # From the first call on: a call that finds none is another graph than one that finds some.
+    _make_layers(cache, model)
     for layer in evicted_layers(cache):
         layer.watched = True
 
 
 def most_held(cache: Any) -> int:
-    """Entries in the fullest of the layers that may be cut."""
-    return max((layer.held for layer in evicted_layers(cache)), default=0)
+    """Entries in the fullest of the layers that may be cut; per head, where heads differ."""
+    return max((layer.held + layer.spread for layer in evicted_layers(cache)), default=0)
+
+
+def packed_rows(cache: Any) -> list[int] | None:
+    """What each row holds packed, see ``row_means``; None if nothing is."""
+    layers = [layer for layer in evicted_layers(cache) if layer.packed is not None]
+    parts = [layer.packed for layer in layers if layer.packed is not None]
+    return row_means(parts, layers[0].keys.shape[0]) if parts else None
 
 
 def in_prompt(cache: Any) -> bool:
@@ -268,8 +281,6 @@ def finish_prompt(cache: Any) -> None:
 
 def can_cut_again(cache: Any) -> bool:
     """Whether all layers were cut alike: only then one budget and one mask serve them all."""
-    if is_packed(cache):
-        return False
     layers = [layer for layer in evicted_layers(cache) if layer.is_initialized]
     alike = {(layer.held, layer.evicted) for layer in layers}
     return len(alike) == 1 and all(layer.gap is not None for layer in layers)
@@ -286,9 +297,11 @@ def settle(cache: Any, plan: Any, window_size: int) -> None:
         if not layer.is_initialized:
             continue
         if packed:
-            layer.settle_packed(plan.seen)
+            layer.settle_packed(plan.seen, plan.capacity.shape[0] - TAIL)
             continue
         layer.packing = None
+        if layer.packed is not None:
+            continue  # nothing was cut
         held, valid = layer.held, plan.real
         cut = held == plan.capacity.shape[0]
         # A layer that was left whole has its entries where they were, however many came.

@@ -43,6 +43,8 @@ class EvictedLayer(DynamicLayer):
         # What is kept of the prompt, if its heads keep different numbers of entries; then ``keys``
         # and ``values`` are its last two tokens and those since, and ``gap`` counts the others.
         self.packed: PackedKV | None = None
+        # Entries of it per head, on average over all layers, in the fullest row.
+        self.spread = 0
         # The same as the call leaves it, see ``settle_packed``.
         self.packing: tuple[Tensor, Tensor, Tensor] | None = None
         # Whether the last queries are to be kept, and those, ``[B, H, W, D]``: they score the
@@ -145,6 +147,8 @@ class EvictedLayer(DynamicLayer):
         if plan is not None:
             plan.mark()
         keys, values = self._append(key_states, value_states)
+        if plan is not None and plan.total is not None:
+            self.packing = torch.ops.ckv_compile.packed(keys, values, plan.total)
         self._mark_positions(keys)
         self._watch(keys)
         if self.packed is not None:
@@ -208,12 +212,12 @@ class EvictedLayer(DynamicLayer):
             self.positions = None
         self.prompt_len, self.thinned = self.held + evicted, max(self.held - window_size, 0)
 
-    def settle_packed(self, seen: int) -> None:
-        """Note what the call has left of a prompt of ``seen`` tokens, if it was packed."""
+    def settle_packed(self, seen: int, spread: int) -> None:
+        """Note what the call has left of ``seen`` tokens, if it was packed; see ``spread``."""
         assert self.packing is not None
         self.packed, self.packing = PackedKV(*self.packing), None
-        self.gap = sized(seen - self.held, self._keys.device)
-        self.positions = None
+        self.gap, self.spread = sized(seen - self.held, self._keys.device), spread
+        self.positions = self.valid = None
         self.prompt_len, self.thinned = seen, 0
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -257,7 +261,7 @@ class EvictedLayer(DynamicLayer):
         self.keys = self.values = None
         self.is_initialized = self.complete = self.record_past = False
         self.gap = self.valid = self.positions = self.packed = self.packing = self.recent = None
-        self.thinned = self.prompt_len = 0
+        self.thinned = self.prompt_len = self.spread = 0
 
     def offload(self) -> None:
         self._move("cpu")

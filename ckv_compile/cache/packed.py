@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -50,3 +50,10 @@ class PackedKV:
         """The same on another device."""
         parts = (self.keys, self.values, self.cu_kv_lens)
         return PackedKV(*(part.to(device, non_blocking=True) for part in parts))
+
+
+def row_means(parts: Sequence[PackedKV], batch: int) -> list[int]:
+    """Entries per head of each row, on average over the layers: whole numbers, as they were cut."""
+    lengths = torch.cat([part.lengths.view(batch, -1) for part in parts], dim=1)
+    means: list[int] = (lengths.sum(-1) // lengths.shape[1]).tolist()
+    return means

@@ -15,14 +15,14 @@ from .streaming_llm import streaming_llm
 from .tova import tova
 from .vatp import vatp
 
-register_method("criticalkv", criticalkv, reads_projection=True)
-register_method("snapkv", snapkv, base=True)
-register_method("h2o", h2o, base=True)
+register_method("criticalkv", criticalkv, reads_projection=True, by_head=True)
+register_method("snapkv", snapkv, base=True, by_head=True)
+register_method("h2o", h2o, base=True, by_head=True)
 register_method("tova", tova, base=True)
-register_method("streaming_llm", streaming_llm)
-register_method("knorm", knorm)
-register_method("keydiff", keydiff)
-register_method("vatp", vatp, base=True)
-register_method("caote", caote, base=True)
+register_method("streaming_llm", streaming_llm, by_head=True)
+register_method("knorm", knorm, by_head=True)
+register_method("keydiff", keydiff, by_head=True)
+register_method("vatp", vatp, base=True, by_head=True)
+register_method("caote", caote, base=True, by_head=True)
 register_method("defensive", defensive, reads_projection=True, base=True)
-register_method("laprox", laprox, reads_projection=True, base=True)
+register_method("laprox", laprox, reads_projection=True, base=True, by_head=True)

@@ -112,6 +112,8 @@ class Inserted:
     entries: Any
     # Which output of the graph is which of the node's.
     outputs: dict[int, int]
+    # What stood packed before the site's keys, on average.
+    before: Any = 0
 
 
 def take_capacity(gm: GraphModule) -> Capacity | None:

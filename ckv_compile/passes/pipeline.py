@@ -63,11 +63,11 @@ def rewrite(
     if not counted and not (capacity is not None and capacity.strict):
         sites, rejections = without_counting_caches(sites, rejections)
     wanted = take_packed(gm)
-    sites, rejections = without_unpacked(sites, rejections, wanted, config)
+    sites, rejections = without_unpacked(sites, rejections, wanted, config, capacity)
     recent = keep_queries(gm, sites, config.window_size)
     before = vocab.outputs_of(gm)
     # What is packed is cut; the other pass finds it done.
-    packed = insert_packing(gm, sites, config, capacity, wanted)
+    packed = insert_packing(gm, sites, config, capacity, wanted, prefixes, recent)
     done = {one.site.index for one in packed}
     rest = [site for site in sites if site.index not in done]
     inserted = (*packed, *insert_eviction(gm, rest, config, capacity, recent))
