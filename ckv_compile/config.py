@@ -48,13 +48,15 @@ class EvictionConfig:
             head of every layer has the same; "adakv": heads of a layer compete (arXiv 2407.11550);
             "headkv": shares from ``head_scores`` (arXiv 2410.19258); "pyramid": fewer from layer to
             layer (arXiv 2406.02069); "global": all heads of all layers compete. All but "uniform"
-            keep the cut prompt in packed form and need a transformers cache.
+            keep the cut prompt in packed form and need a transformers cache. What follows is cut
+            again by methods that score each head alone: all but "tova" and "defensive".
         safeguard: of "adakv", the share of a head's uniform budget that no other head can take.
         head_scores: of "headkv", a number >= 0 for each layer and KV head: nested sequences, a
             tensor ``[layers, heads]``, or the path of a JSON file with nested lists.
         later_turns: "keep" all tokens that follow a prompt, or "evict" again whenever several come
             at once, to the budget of all tokens seen. A prompt fed in pieces is one prompt.
-        max_entries: bound of the entries per KV head while tokens are generated; None for none.
+        max_entries: bound of the entries per KV head, on average where heads differ, while tokens
+            are generated; None for none.
             When one more would not fit, the cache is cut to ``max_entries - interval``, scored by
             the last ``window_size`` queries. A prompt's budget is at most that as well.
         interval: tokens between two such cuts; at least ``window_size``.

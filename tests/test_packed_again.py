@@ -26,7 +26,7 @@ def options_of(allocation: str, **more: object) -> dict:
 
 @pytest.fixture(scope="module")
 def packed(request):
-    """One compiled model for all tests of an allocation; one layer will do where it is cut alone."""
+    """One compiled model for all tests of an allocation; one layer where it is cut alone."""
     counters.clear()
     layers = 1 if request.param == "adakv" else 2
     with mock.patch("ckv_compile.runtime._RECOMPILE_LIMIT", 64):
