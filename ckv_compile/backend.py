@@ -110,7 +110,10 @@ def _mode_patches(gm: GraphModule, mode: str) -> dict[str, Any]:
     from torch._inductor import list_mode_options
 
     options = dict(list_mode_options(mode))
-    if any(name.startswith(("ckv_evict_", "ckv_pack_")) for name, _ in gm.named_children()):
+    if any(
+        name.startswith(("ckv_evict_", "ckv_pack_", "ckv_fastgen_"))
+        for name, _ in gm.named_children()
+    ):
         # One recording for each prompt length would cost more than it saves.
         options.pop("triton.cudagraphs", None)
     return options

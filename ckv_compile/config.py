@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from .budget import Budget, CacheBytes
-from .registry import METHODS, UNAVAILABLE, bases
+from .policies import TokenKinds
+from .registry import METHODS, POLICY_METHODS, UNAVAILABLE, bases
 
 ALLOCATIONS = ("uniform", "adakv", "headkv", "pyramid", "global")
 NORMS = ("l1", "l2", "value")
@@ -28,8 +29,8 @@ class EvictionConfig:
         budget: see :class:`Budget`.
         method: "criticalkv" (arXiv 2502.03805), "snapkv" (attention alone, arXiv 2404.14469),
             "h2o", "tova", "streaming_llm", "knorm", "keydiff", "vatp", "caote", "defensive",
-            "laprox", or what :func:`ckv_compile.register_method` was given; each has a file in
-            ``ckv_compile/methods``.
+            "laprox", "fastgen", or what :func:`ckv_compile.register_method` was given; each has a
+            file in ``ckv_compile/methods``.
         window_size: observation window, the last queries; used for scoring and always kept.
         kernel_size: width of the pooling of attention scores, odd: the largest of the neighbours
             for "snapkv", their mean for "laprox".
@@ -53,6 +54,11 @@ class EvictionConfig:
         safeguard: of "adakv", the share of a head's uniform budget that no other head can take.
         head_scores: of "headkv", a number >= 0 for each layer and KV head: nested sequences, a
             tensor ``[layers, heads]``, or the path of a JSON file with nested lists.
+        recovery: of "fastgen" (arXiv 2310.01801), which takes no budget: each head keeps what the
+            cheapest policy keeps that recovers this share of the prompt's attention in that head;
+            0.95 if None. Each ``interval`` new tokens the policies are applied again.
+        token_kinds: of "fastgen", which tokens are special and which are punctuation;
+            ``optimize(..., tokenizer=...)`` reads them from a tokenizer.
         later_turns: "keep" all tokens that follow a prompt, or "evict" again whenever several come
             at once, to the budget of all tokens seen. A prompt fed in pieces is one prompt.
         max_entries: bound of the entries per KV head, on average where heads differ, while tokens
@@ -86,6 +92,8 @@ class EvictionConfig:
     allocation: str = "uniform"
     safeguard: float = 0.2
     head_scores: Any = None
+    recovery: float | None = None
+    token_kinds: TokenKinds | None = None
     later_turns: str = "keep"
     max_entries: int | None = None
     interval: int = 128
@@ -97,7 +105,7 @@ class EvictionConfig:
     def __post_init__(self) -> None:
         if isinstance(self.method, str) and self.method in UNAVAILABLE:
             raise ValueError(f"method={self.method!r} is not offered: {UNAVAILABLE[self.method]}")
-        _check_choice("method", self.method, tuple(METHODS))
+        _check_choice("method", self.method, (*METHODS, *POLICY_METHODS))
         if isinstance(self.base, str) and self.base in METHODS and not METHODS[self.base].base:
             raise ValueError(
                 f"base={self.base!r} is not registered as a base, whose scores are never negative "
@@ -138,6 +146,7 @@ class EvictionConfig:
                 f"allocation='global' with method={self.method!r}, whose scores are no shares of a "
                 f"layer's; it takes one of {', '.join(map(repr, ('criticalkv', *bases())))}"
             )
+        self._check_policies()
         self._check_bound()
         for name in ("cross_attention", "rewrite_gqa"):
             if not isinstance(getattr(self, name), bool):
@@ -155,6 +164,38 @@ class EvictionConfig:
                 f"budget={spec} does not exceed window_size={self.window_size}, which is always "
                 f"kept; an int budget counts tokens and takes at least window_size + 1"
             )
+
+    def _check_policies(self) -> None:
+        """Whether the options of FastGen are there, and no others that would mean nothing."""
+        if not self.chooses_policies:
+            for name in ("recovery", "token_kinds"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"{name} is an option of method='fastgen'")
+            return
+        if not isinstance(self.token_kinds, TokenKinds):
+            raise ValueError(
+                "method='fastgen' tells special tokens and punctuation apart; give "
+                "optimize(..., tokenizer=...), or token_kinds=TokenKinds(...)"
+            )
+        recovery = 0.95 if self.recovery is None else self.recovery
+        _check_float("recovery", recovery, 0.0, 1.0, "a float in [0, 1]")
+        object.__setattr__(self, "recovery", float(recovery))
+        left: dict[str, Any] = {"allocation": "uniform", "later_turns": "keep"}
+        left |= {"max_entries": None, "cross_attention": False}
+        for name, only in left.items():
+            if getattr(self, name) != only:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} with method='fastgen', whose policies say "
+                    f"what each head keeps; it takes {only!r}"
+                )
+        if self.budget not in (0.2, Budget(0.2), Budget(1.0)):
+            raise ValueError(
+                f"budget={self.budget!r} with method='fastgen', which takes none: recovery= says "
+                f"how much attention each head is to keep"
+            )
+        object.__setattr__(self, "budget", Budget(1.0))
+        takes = "an int >= 2"
+        _check_int("interval", self.interval, takes, self.interval, 2)
 
     def _check_bound(self) -> None:
         """Whether ``max_entries`` and ``interval`` leave room for the window and something more."""
@@ -191,7 +232,17 @@ class EvictionConfig:
     @property
     def packs(self) -> bool:
         """Whether heads keep different numbers of entries, in packed form."""
-        return self.allocation != "uniform"
+        return self.allocation != "uniform" or self.chooses_policies
+
+    @property
+    def chooses_policies(self) -> bool:
+        """Whether heads keep what policies say, not what a budget says."""
+        return self.method in POLICY_METHODS
+
+    @property
+    def queries_kept(self) -> int:
+        """How many of the last queries a cut in mid-generation reads."""
+        return self.interval if self.chooses_policies else self.window_size
 
     @property
     def scored_by(self) -> str:
@@ -202,12 +253,16 @@ class EvictionConfig:
     @property
     def cuts_packed(self) -> bool:
         """Whether heads that hold different entries can be cut again."""
+        if self.chooses_policies:
+            return False
         names = (self.method, self.base) if self.method == "criticalkv" else (self.method,)
         return all(METHODS[name].by_head for name in names)
 
     @property
     def reads_projection(self) -> bool:
         """Whether the scores see values through the output projection."""
+        if self.chooses_policies:
+            return False
         return METHODS[self.method].reads_projection and self.norm != "value"
 
     def entries(self, n: int | torch.SymInt, size: CacheBytes | None = None) -> Any:

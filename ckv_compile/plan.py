@@ -36,6 +36,8 @@ class Plan:
     seen: int
     real: Tensor | None
     total: Tensor | None = None
+    # [B, K] int8, the kinds of the entries' tokens where policies choose by them.
+    kinds: Tensor | None = None
 
     def mark(self, key: Tensor | None = None) -> Tensor:
         """Bring the budget into the graph that is being traced; elsewhere nothing happens.

@@ -20,6 +20,9 @@ UNAVAILABLE = {
     ),
 }
 
+# Asked for by name as well; they score nothing, see ``methods/fastgen.py``.
+POLICY_METHODS = ("fastgen",)
+
 
 @dataclasses.dataclass(frozen=True)
 class Method:
@@ -76,7 +79,7 @@ def register_method(
         raise TypeError(f"name={name!r} is a {type(name).__name__}; it takes a new name, a str")
     if not name.isidentifier():
         raise ValueError(f"name={name!r} is not a name; it takes letters, digits and _")
-    if name in METHODS or name in UNAVAILABLE:
+    if name in METHODS or name in UNAVAILABLE or name in POLICY_METHODS:
         raise ValueError(f"name={name!r} is taken; the names are {', '.join(METHODS)}")
     flags = {"reads_projection": reads_projection, "base": base, "by_head": by_head}
     for flag, value in flags.items():

@@ -35,6 +35,7 @@ from .inputs import (
 from .passes import insert  # noqa: F401  registers the capacity marker
 from .plan import Plan, plan_for
 from .report import NOTHING_MATCHED, Report, merged
+from .sizes import TAIL, varies
 
 # Prefill, decode, later turns, each with and without padding and positions, batches of one and of
 # many: more kinds of calls than Dynamo's default of 8, and past the limit nothing is evicted.
@@ -112,6 +113,8 @@ class OptimizedForward:
         # Reports of the region that have been checked for what a user must hear of.
         self.read = len(region.reports)
         self.row_bytes: dict[Any, tuple[int, list[tuple[int, int]]]] = {}
+        # Of the tokens' kinds, where policies choose by them.
+        self.table: Tensor | None = None
 
     @property
     def report(self) -> Report:
@@ -175,10 +178,15 @@ class OptimizedForward:
                     f"EvictedCache(max_new_tokens=...) is bounded by that"
                 )
             room.watch(cache, self.model)
+        if self.config.chooses_policies:
+            room.watch(cache, self.model)
         # An encoder's entries are cut at the first call, be it of one token.
         least = 1 if self.config.cross_attention else 2
+        kinds = self._kinds(tokens, cache)
         if fresh:
             cutting = q_len >= least
+        elif kinds is not None:
+            cutting = q_len == 1 and self._is_due(cache)
         else:
             cutting = self._cuts_again(cache) if q_len > 1 else self._is_full(cache, q_len)
         cutting = cutting and room.counts_all(cache)
@@ -186,7 +194,9 @@ class OptimizedForward:
         if not fresh and q_len > 1 and packs and not self._cuts_packed(cache):
             self._warn_packed(cache)
         with room.writing(cache, self.model, q_len, cutting=cutting):
-            result, plan = self._run(tokens, cache, fresh, cutting, args, kwargs)
+            result, plan = self._run(tokens, cache, fresh, cutting, args, kwargs, kinds)
+        if kinds is not None:
+            room.note_kinds(cache, kinds, plan)
         if plan is not None:
             room.settle(cache, plan, self.config.window_size)
         elif q_len == 1:
@@ -212,6 +222,26 @@ class OptimizedForward:
             return False
         return room.most_held(cache) + 1 > most and self._can_cut_again(cache)
 
+    def _is_due(self, cache: Any) -> bool:
+        """Whether policies are to be applied again, to a block of tokens that this one ends."""
+        room = cache_room()
+        since = room.most_held(cache) + 1 - TAIL
+        held = room.is_packed(cache) and not room.takes_back(cache)
+        return held and since >= self.config.interval and room.can_cut_again(cache)
+
+    def _kinds(self, tokens: Any, cache: Any) -> Tensor | None:
+        """What policies choose by, of the tail's tokens and these; None without policies."""
+        if not self.config.chooses_policies:
+            return None
+        if tokens is None or tokens.is_floating_point():
+            raise ValueError("method='fastgen' tells tokens apart by their ids; pass input_ids")
+        assert self.config.token_kinds is not None
+        if self.table is None or self.table.device != tokens.device:
+            self.table = self.config.token_kinds.table().to(tokens.device)
+        kinds = self.table[tokens.clamp(max=len(self.table) - 1)]
+        held: Tensor = cache_room().kinds_held(cache, kinds)
+        return held
+
     def _would_cut_again(self, cache: Any) -> bool:
         """Whether several more tokens are a piece of a prompt, or a turn that is cut."""
         room = cache_room()
@@ -226,6 +256,7 @@ class OptimizedForward:
         cutting: bool,
         args: Any,
         kwargs: dict[str, Any],
+        kinds: Tensor | None = None,
     ) -> tuple[Any, Plan | None]:
         """The call's result, and what it was to keep; None where nothing is cut."""
         seen_mask = kwargs.get(self._decoder_mask)
@@ -243,6 +274,9 @@ class OptimizedForward:
             )
             return self.model._call_impl(*args, **kwargs), None
         plan = self._plan(tokens, cache, fresh, seen_mask, mask, kwargs) if cutting else None
+        if plan is not None and kinds is not None:
+            varies(kinds, 1)
+            plan = dataclasses.replace(plan, kinds=kinds)
         mark_dynamic(tokens, kwargs)
         if cache is not None:
             cache_room().announce(cache, plan)
@@ -318,7 +352,9 @@ class OptimizedForward:
             if self._fits_all_layers(cache, mask, plan):
                 return plan
             return plan_for(self.config, tokens, size=size, strict=strict)
-        layer, packed = cache_room().first_layer(cache), cache_room().packed_rows(cache)
+        layer, packed = cache_room().first_layer(cache), None
+        if not self.config.chooses_policies:
+            packed = cache_room().packed_rows(cache)
         before = layer.get_seq_length()
         counted = seen_mask is not None and seen_mask.shape[1] == before + tokens.shape[1]
         if mask is not None:
@@ -332,7 +368,9 @@ class OptimizedForward:
             return None
         seen_mask = None if mask is None and not differ else seen_mask
         plan = plan_for(
-            self.config if tokens.shape[1] > 1 else self.config.bounded,
+            self.config.bounded
+            if self.config.max_entries and tokens.shape[1] == 1
+            else self.config,
             tokens,
             held=layer.held,
             gap=layer.gap,
@@ -401,7 +439,9 @@ class OptimizedForward:
         """Say that heads of different lengths are not cut again, where they would have been."""
         if self._would_cut_again(cache):
             why = f"allocation={self.config.allocation!r} does not read its packed entries"
-            if self.config.packs:
+            if self.config.chooses_policies:
+                why = "policies are chosen on its first piece, and applied again as tokens follow"
+            elif self.config.packs:
                 why = (
                     f"{self.config.scored_by} looks at several heads at once, which now hold "
                     "different entries"

@@ -56,11 +56,14 @@ class EvictedCache(DynamicCache):
     def nbytes(self) -> int:
         """Bytes of storage that the keys and values of all layers hold, room to grow included.
 
-        With them count the positions of entries, where attention has a bias that asks for them.
+        With them counts what else is kept of each entry: its position, where attention has a bias
+        that asks for it, and what policies choose by.
         """
         tensors = [t for layer in self.layers for t in _tensors(layer)]
         placed = (layer.positions for layer in evicted_layers(self))
         tensors += [positions for positions in placed if positions is not None]
+        packed = (layer.packed for layer in evicted_layers(self))
+        tensors += [part for store in packed if store is not None for part in store.beside]
         # Layers may share a store.
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
         return sum(storages.values())
@@ -297,7 +300,9 @@ def settle(cache: Any, plan: Any, window_size: int) -> None:
         if not layer.is_initialized:
             continue
         if packed:
-            layer.settle_packed(plan.seen, plan.capacity.shape[0] - TAIL)
+            # A bound counts entries; policies have none.
+            spread = 0 if plan.kinds is not None else plan.capacity.shape[0] - TAIL
+            layer.settle_packed(plan.seen, spread)
             continue
         layer.packing = None
         if layer.packed is not None:
@@ -315,6 +320,29 @@ def settle(cache: Any, plan: Any, window_size: int) -> None:
         if getattr(layer, "is_sliding", False) and layer.is_initialized:
             layer.keys, layer.values = _alone(layer.keys), _alone(layer.values)
     _share_sizes(cache)
+
+
+def kinds_held(cache: Any, kinds: Tensor) -> Tensor:
+    """Of the tail's tokens and a call's, ``[B, t]`` and ``[B, Q]``, together."""
+    layer = first_layer(cache)
+    if layer is None or layer.kinds is None:
+        return kinds
+    return torch.cat([layer.kinds, kinds], dim=1)
+
+
+def note_kinds(cache: Any, kinds: Tensor, plan: Any) -> None:
+    """After a call and before ``settle``: what the tail's tokens are."""
+    if plan is not None and _are_packed(cache):
+        real = torch.ones_like(kinds, dtype=torch.bool) if plan.real is None else plan.real
+        columns = torch.where(real, torch.arange(kinds.shape[1], device=kinds.device), -1)
+        kinds = kinds.gather(1, columns.topk(TAIL, dim=-1).values.flip(-1))
+    for layer in evicted_layers(cache):
+        layer.kinds = kinds
+
+
+def policies_of(cache: Any) -> list[list[list[int]]]:
+    """Of each layer that has any the policies of its heads, ``[B][Hkv]``."""
+    return [layer.profile[1].tolist() for layer in evicted_layers(cache) if layer.profile]
 
 
 def _are_packed(cache: Any) -> bool:

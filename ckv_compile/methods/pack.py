@@ -82,7 +82,7 @@ class PackKV(nn.Module):
         for i, (n, end) in enumerate(zip(heads, ends, strict=True)):
             # Cloned: a view of it would keep the lengths of all layers.
             layers.append(starts[end - n : end + 1].clone())
-            layers += [_tail(keys[i], real), _tail(values[i], real)]
+            layers += [tail_of(keys[i], real), tail_of(values[i], real)]
         return key, value, *layers
 
     def extra_repr(self) -> str:
@@ -146,7 +146,7 @@ def keep_mask(
     return best(sort_keys(scores, kept, real, positions), budgets)
 
 
-def _tail(cache: Tensor, real: Tensor | None) -> Tensor:
+def tail_of(cache: Tensor, real: Tensor | None) -> Tensor:
     """The last real entries of each row of ``[B, Hkv, K, D]``, ``[B, Hkv, 2, D]``."""
     if real is None:
         return cache[:, :, -TAIL:].clone()

@@ -12,6 +12,7 @@ from torch.fx import GraphModule, Node
 
 from ..config import EvictionConfig
 from ..methods.evict import EvictKV
+from ..methods.fastgen import FastGen
 from ..methods.pack import PackKV
 from ..site import AttentionSite, Phase, Reason, Rejection
 from ..sizes import number_of
@@ -107,7 +108,7 @@ class Inserted:
 
     site: AttentionSite
     node: Node
-    module: EvictKV | PackKV
+    module: EvictKV | PackKV | FastGen
     # What is kept per head, on average where heads differ.
     entries: Any
     # Which output of the graph is which of the node's.

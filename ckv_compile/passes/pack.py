@@ -80,7 +80,7 @@ def take_packed(gm: GraphModule) -> dict[Node, Wanted]:
 def without_unpacked(
     sites: Sequence[AttentionSite],
     rejections: Sequence[Rejection],
-    wanted: dict[Node, Wanted],
+    wanted: Mapping[Node, object],
     config: EvictionConfig,
     capacity: Capacity | None,
 ) -> tuple[tuple[AttentionSite, ...], tuple[Rejection, ...]]:
@@ -94,7 +94,7 @@ def without_unpacked(
     unread = len(wanted) - sum(site.cache_key in wanted for site in cut)
     if unread and not first:
         first = f"{unread} layers of the same cache are left alone"
-    if config.allocation not in _BY_LAYER and not first:
+    if config.allocation not in (*_BY_LAYER, "uniform") and not first:
         first = _unlike(cut)
     left = [site for site in sites if site.phase != phase or not first]
     if first:
@@ -105,7 +105,7 @@ def without_unpacked(
     return tuple(again), tuple(rejections)
 
 
-def _unpackable(site: AttentionSite, wanted: dict[Node, Wanted]) -> str:
+def _unpackable(site: AttentionSite, wanted: Mapping[Node, object]) -> str:
     """Why later calls could not read the site's entries in packed form; "" if they could."""
     if site.cache_key not in wanted:
         return f"{site.cache_key.name} is kept by a cache that takes no packed entries"
