@@ -235,6 +235,12 @@ class EvictionConfig:
         return self.allocation != "uniform" or self.chooses_policies
 
     @property
+    def packed_by(self) -> str:
+        """The option that makes heads differ."""
+        name = "method" if self.chooses_policies else "allocation"
+        return f"{name}={getattr(self, name)!r}"
+
+    @property
     def chooses_policies(self) -> bool:
         """Whether heads keep what policies say, not what a budget says."""
         return self.method in POLICY_METHODS

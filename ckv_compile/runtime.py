@@ -21,6 +21,7 @@ from .backend import (
 )
 from .budget import CacheBytes
 from .config import EvictionConfig
+from .cuts import cuts, why_whole
 from .inputs import (
     MASKS,
     by_name,
@@ -35,7 +36,7 @@ from .inputs import (
 from .passes import insert  # noqa: F401  registers the capacity marker
 from .plan import Plan, plan_for
 from .report import NOTHING_MATCHED, Report, merged
-from .sizes import TAIL, varies
+from .sizes import varies
 
 # Prefill, decode, later turns, each with and without padding and positions, batches of one and of
 # many: more kinds of calls than Dynamo's default of 8, and past the limit nothing is evicted.
@@ -167,32 +168,22 @@ class OptimizedForward:
         fresh = room.tokens_seen(cache) == 0
         if self.config.packs and fresh and room.has_fixed_layers(cache):
             raise ValueError(
-                f"allocation={self.config.allocation!r} leaves heads of different lengths, which "
-                f"an EvictedCache(max_new_tokens=...) cannot hold; take 'uniform', or a cache that "
-                f"grows"
+                f"{self.config.packed_by} leaves heads of different lengths, which an "
+                f"EvictedCache(max_new_tokens=...) cannot hold; take another, or a cache that grows"
             )
-        if self.config.max_entries is not None:
-            if room.has_fixed_layers(cache):
-                raise ValueError(
-                    f"max_entries={self.config.max_entries} bounds a cache that grows; an "
-                    f"EvictedCache(max_new_tokens=...) is bounded by that"
-                )
+        if self.config.max_entries is not None and room.has_fixed_layers(cache):
+            raise ValueError(
+                f"max_entries={self.config.max_entries} bounds a cache that grows; an "
+                f"EvictedCache(max_new_tokens=...) is bounded by that"
+            )
+        if self.config.max_entries is not None or self.config.chooses_policies:
             room.watch(cache, self.model)
-        if self.config.chooses_policies:
-            room.watch(cache, self.model)
-        # An encoder's entries are cut at the first call, be it of one token.
-        least = 1 if self.config.cross_attention else 2
         kinds = self._kinds(tokens, cache)
-        if fresh:
-            cutting = q_len >= least
-        elif kinds is not None:
-            cutting = q_len == 1 and self._is_due(cache)
-        else:
-            cutting = self._cuts_again(cache) if q_len > 1 else self._is_full(cache, q_len)
-        cutting = cutting and room.counts_all(cache)
-        packs = self.config.packs or room.is_packed(cache)
-        if not fresh and q_len > 1 and packs and not self._cuts_packed(cache):
-            self._warn_packed(cache)
+        cutting = cuts(self.config, cache, q_len, fresh=fresh)
+        if not fresh and q_len > 1:
+            why = why_whole(self.config, cache)
+            if why:
+                self._warn_once("packed", f"what follows this prompt is kept whole: {why}")
         with room.writing(cache, self.model, q_len, cutting=cutting):
             result, plan = self._run(tokens, cache, fresh, cutting, args, kwargs, kinds)
         if kinds is not None:
@@ -202,32 +193,6 @@ class OptimizedForward:
         elif q_len == 1:
             room.finish_prompt(cache)
         return result
-
-    def _cuts_again(self, cache: Any) -> bool:
-        """Whether several tokens behind ``cache`` leave it cut to the budget of all of them."""
-        return self._would_cut_again(cache) and self._can_cut_again(cache)
-
-    def _can_cut_again(self, cache: Any) -> bool:
-        return self._cuts_packed(cache) and cache_room().can_cut_again(cache)
-
-    def _cuts_packed(self, cache: Any) -> bool:
-        """Whether the options fit the form in which the cache holds what it was cut to."""
-        config = self.config
-        return config.cuts_packed if config.packs else not cache_room().is_packed(cache)
-
-    def _is_full(self, cache: Any, q_len: int) -> bool:
-        """Whether a single token would take the cache over its bound."""
-        most, room = self.config.max_entries, cache_room()
-        if most is None or q_len != 1 or room.takes_back(cache):
-            return False
-        return room.most_held(cache) + 1 > most and self._can_cut_again(cache)
-
-    def _is_due(self, cache: Any) -> bool:
-        """Whether policies are to be applied again, to a block of tokens that this one ends."""
-        room = cache_room()
-        since = room.most_held(cache) + 1 - TAIL
-        held = room.is_packed(cache) and not room.takes_back(cache)
-        return held and since >= self.config.interval and room.can_cut_again(cache)
 
     def _kinds(self, tokens: Any, cache: Any) -> Tensor | None:
         """What policies choose by, of the tail's tokens and these; None without policies."""
@@ -241,12 +206,6 @@ class OptimizedForward:
         kinds = self.table[tokens.clamp(max=len(self.table) - 1)]
         held: Tensor = cache_room().kinds_held(cache, kinds)
         return held
-
-    def _would_cut_again(self, cache: Any) -> bool:
-        """Whether several more tokens are a piece of a prompt, or a turn that is cut."""
-        room = cache_room()
-        turn = self.config.later_turns == "evict" and not room.takes_back(cache)
-        return turn or room.in_prompt(cache)
 
     def _run(
         self,
@@ -434,19 +393,6 @@ class OptimizedForward:
             self._warn_once(
                 "padding", "a padded batch (PADDING_MASK) is not evicted: it keeps its whole cache"
             )
-
-    def _warn_packed(self, cache: Any) -> None:
-        """Say that heads of different lengths are not cut again, where they would have been."""
-        if self._would_cut_again(cache):
-            why = f"allocation={self.config.allocation!r} does not read its packed entries"
-            if self.config.chooses_policies:
-                why = "policies are chosen on its first piece, and applied again as tokens follow"
-            elif self.config.packs:
-                why = (
-                    f"{self.config.scored_by} looks at several heads at once, which now hold "
-                    "different entries"
-                )
-            self._warn_once("packed", f"what follows this prompt is kept whole: {why}")
 
     def _warn_once(self, about: str, message: str) -> None:
         if about not in self.warned:

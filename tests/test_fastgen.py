@@ -6,7 +6,7 @@ import pytest
 import torch
 from eager_packed import Kept
 from families import generated, prompt, tiny
-from kernels.test_fastgen import attention_had, chosen, kept_by
+from loops_fastgen import attention_had, chosen, kept_by
 from torch import Tensor
 from torch._dynamo.utils import counters
 from transformers import DynamicCache

@@ -29,10 +29,12 @@ ARROWS = {
     "cache": {"sizes"},
     "plan": {"budget", "config", "sizes"},
     "inputs": {"cache", "sizes"},
+    "cuts": {"inputs", "config", "sizes"},
     "runtime": {
         "inputs",
         "cache",
         "plan",
+        "cuts",
         "backend",
         "passes",
         "report",

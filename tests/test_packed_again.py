@@ -85,8 +85,9 @@ def test_pieces_turns_and_long_generations_are_the_oracles(packed):
         assert entries == 2 * 2 * (config.entries(150) - 2)
 
 
+@pytest.mark.slow
 @over("adakv")
-@pytest.mark.parametrize("side", ["left", pytest.param("right", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("side", ["left", "right"])
 def test_padded_rows_are_the_rows_alone(packed, side):
     """Pieces that are partly pads for one row, and then single tokens over the bound."""
     model, config, _ = at(packed, 0.5)

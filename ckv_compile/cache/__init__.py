@@ -18,11 +18,8 @@ from .evicted import (
     has_fixed_layers,
     in_prompt,
     is_packed,
-    kinds_held,
     most_held,
-    note_kinds,
     packed_rows,
-    policies_of,
     row_bytes,
     self_attention_of,
     settle,
@@ -32,6 +29,7 @@ from .evicted import (
     writing,
 )
 from .files import fingerprint_of
+from .kinds import has_policies, kinds_held, note_kinds, policies_of
 from .layers import EvictedLayer
 from .masks import bounded_layers_agree, is_fixed, physical_mask
 
@@ -50,6 +48,7 @@ __all__ = [
     "first_layer",
     "follows_rows",
     "has_fixed_layers",
+    "has_policies",
     "in_prompt",
     "is_fixed",
     "is_packed",

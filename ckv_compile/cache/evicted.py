@@ -295,7 +295,7 @@ def settle(cache: Any, plan: Any, window_size: int) -> None:
     Args:
         window_size: the last tokens, all of which are held.
     """
-    packed = _are_packed(cache)
+    packed = are_packed(cache)
     for layer in evicted_layers(cache):
         if not layer.is_initialized:
             continue
@@ -322,30 +322,7 @@ def settle(cache: Any, plan: Any, window_size: int) -> None:
     _share_sizes(cache)
 
 
-def kinds_held(cache: Any, kinds: Tensor) -> Tensor:
-    """Of the tail's tokens and a call's, ``[B, t]`` and ``[B, Q]``, together."""
-    layer = first_layer(cache)
-    if layer is None or layer.kinds is None:
-        return kinds
-    return torch.cat([layer.kinds, kinds], dim=1)
-
-
-def note_kinds(cache: Any, kinds: Tensor, plan: Any) -> None:
-    """After a call and before ``settle``: what the tail's tokens are."""
-    if plan is not None and _are_packed(cache):
-        real = torch.ones_like(kinds, dtype=torch.bool) if plan.real is None else plan.real
-        columns = torch.where(real, torch.arange(kinds.shape[1], device=kinds.device), -1)
-        kinds = kinds.gather(1, columns.topk(TAIL, dim=-1).values.flip(-1))
-    for layer in evicted_layers(cache):
-        layer.kinds = kinds
-
-
-def policies_of(cache: Any) -> list[list[list[int]]]:
-    """Of each layer that has any the policies of its heads, ``[B][Hkv]``."""
-    return [layer.profile[1].tolist() for layer in evicted_layers(cache) if layer.profile]
-
-
-def _are_packed(cache: Any) -> bool:
+def are_packed(cache: Any) -> bool:
     """Whether a call has packed its layers; all of them or none.
 
     Raises:

@@ -246,7 +246,10 @@ def _pack(
     budgets = head_budgets(bases, row_budgets, window_size, reals, allocation, shares)
     counts = [int((layer - TAIL).sum()) for layer in budgets]
     if sum(counts) != entries:
-        raise RuntimeError(f"{allocation} kept {sum(counts)} entries of a budget of {entries}")
+        raise RuntimeError(
+            f"{allocation} kept {sum(counts)} entries of a budget of {entries}; heads that another "
+            f"allocation has cut may not hold what this one wants"
+        )
     key = keys[0].new_empty(entries, keys[0].shape[3])
     value = values[0].new_empty(entries, values[0].shape[3])
     own_keys, own_values = key.split(counts), value.split(counts)
