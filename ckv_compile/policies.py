@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import string
 import unicodedata
 from typing import Any
@@ -30,7 +31,10 @@ class TokenKinds:
     punctuation: tuple[int, ...] = ()
 
     def __repr__(self) -> str:
-        return f"TokenKinds({len(self.special)} special, {len(self.punctuation)} punctuation)"
+        # Thousands of ids; a hash of them tells two tables apart.
+        digest = hashlib.sha256(repr((self.special, self.punctuation)).encode()).hexdigest()[:12]
+        counts = f"{len(self.special)} special, {len(self.punctuation)} punctuation"
+        return f"TokenKinds({counts}, {digest})"
 
     def table(self) -> Tensor:
         """Kinds by id, ``[largest id + 2]`` int8; the last one stands for all ids beyond."""

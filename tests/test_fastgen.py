@@ -194,6 +194,7 @@ def test_kinds_are_read_from_a_tokenizer():
     kinds = kinds_of(Tokenizer())
     assert kinds == TokenKinds(special=(0, 1, 8), punctuation=(3, 4, 7, 9))
     assert kinds.table().tolist() == [1, 1, 0, 2, 2, 0, 0, 2, 1, 2, 0]
+    assert repr(kinds) != repr(TokenKinds(special=(0, 1, 2), punctuation=(3, 4, 7, 9)))
     with pytest.raises(TypeError, match="tokenizer is a str"):
         kinds_of("gpt2")
 
