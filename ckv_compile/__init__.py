@@ -2,10 +2,11 @@
 
 from typing import Any
 
-from .api import compress, explain, optimize, restore
+from .api import compress, explain, optimize, policies, restore
 from .budget import Budget
 from .config import EvictionConfig
 from .methods.base import ScoreInputs, Scores
+from .policies import Policies, TokenKinds
 from .registry import register_method
 from .report import Report
 from .site import AttentionSite, Projection, Reason, Rejection
@@ -17,16 +18,19 @@ __all__ = [
     "Budget",
     "EvictedCache",
     "EvictionConfig",
+    "Policies",
     "Projection",
     "Reason",
     "Rejection",
     "Report",
     "ScoreInputs",
     "Scores",
+    "TokenKinds",
     "compress",
     "explain",
     "optimize",
     "perturbation",
+    "policies",
     "register_method",
     "restore",
 ]

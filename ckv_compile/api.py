@@ -14,6 +14,7 @@ from .backend import log_default_budget
 from .budget import Budget
 from .config import EvictionConfig
 from .export import explain_program, optimize_program
+from .policies import POLICIES, Policies, kinds_of
 from .report import Report
 from .runtime import OptimizedForward, Region
 
@@ -41,8 +42,8 @@ def optimize(
         budget: share, token count, expression or bytes, see :class:`ckv_compile.Budget`; 0.2 if
             none is given, which the first compile then says in the log.
         **options: the other fields of :class:`ckv_compile.EvictionConfig`; for a program not
-            ``later_turns``, ``rewrite_gqa``, ``share_regions``,
-            ``lowering`` and ``mode``.
+            ``later_turns``, ``rewrite_gqa``, ``share_regions``, ``lowering`` and ``mode``.
+            ``tokenizer`` is for ``method="fastgen"``, which takes no budget.
 
     Returns:
         The same model, or a new program.
@@ -55,8 +56,18 @@ def optimize(
             f"model is a {type(model).__name__}; optimize takes an nn.Module or an ExportedProgram"
         )
     given = {} if budget is None else {"budget": budget}
+    if "tokenizer" in options:
+        options = {**options, "token_kinds": kinds_of(options["tokenizer"])}
+        del options["tokenizer"]
     config = EvictionConfig.from_options({**given, **options})
+    if config.chooses_policies and budget is not None:
+        raise ValueError(
+            f"budget={budget!r} with method='fastgen', which takes none: recovery= says how much "
+            f"attention each head is to keep"
+        )
     if isinstance(model, ExportedProgram):
+        if config.chooses_policies:
+            raise ValueError("method='fastgen' is for a model that runs, and keeps a cache of ours")
         for name in _NOT_FOR_PROGRAMS:
             if name in options:
                 raise ValueError(
@@ -72,7 +83,8 @@ def optimize(
     if previous is not None and _same_code(previous, config):
         region = previous.region
     else:
-        region = Region(called, config, default_budget=budget is None)
+        default = budget is None and not config.chooses_policies
+        region = Region(called, config, default_budget=default)
     called._compiled_call_impl = OptimizedForward(called, config, region)
     return model
 
@@ -165,6 +177,26 @@ def compress(
     room.finish_prompt(cache)
     cache.fingerprint = room.fingerprint_of(model)
     return cache
+
+
+def policies(cache: Any) -> Policies:
+    """Which head got which policy of ``method="fastgen"``.
+
+    Args:
+        cache: what an optimised model has filled, with a prompt of two tokens or more.
+
+    Raises:
+        ValueError: its heads have none.
+    """
+    from . import cache as room
+
+    own = room.self_attention_of(cache)
+    chosen = [] if own is None else room.policies_of(own)
+    if not chosen:
+        raise ValueError("no head of this cache has a policy; method='fastgen' gives them")
+    return Policies(
+        tuple(tuple(tuple(POLICIES[policy] for policy in row) for row in layer) for layer in chosen)
+    )
 
 
 def _called(model: nn.Module) -> nn.Module:

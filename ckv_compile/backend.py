@@ -116,7 +116,10 @@ def _mode_patches(gm: GraphModule, mode: str) -> dict[str, Any]:
     from torch._inductor import list_mode_options
 
     options = dict(list_mode_options(mode))
-    if any(name.startswith(("ckv_evict_", "ckv_pack_")) for name, _ in gm.named_children()):
+    if any(
+        name.startswith(("ckv_evict_", "ckv_pack_", "ckv_fastgen_"))
+        for name, _ in gm.named_children()
+    ):
         # One recording for each prompt length would cost more than it saves.
         options.pop("triton.cudagraphs", None)
     return options
@@ -173,13 +176,13 @@ def report_of_graph(
 
     def describe(site: AttentionSite) -> Traced:
         eviction = evictions.get(site.index)
-        kept, budget_from = site.kv_len, ""
+        kept, budget_from, before = site.kv_len, "", 0
         if eviction is not None:
-            kept = eviction.entries
+            kept, before = eviction.entries, eviction.before
             budget_from = "config" if eviction.module.from_config else "input"
         return Traced(
             batch_size=_size(site.batch_size),
-            kv_len=_size(site.kv_len),
+            kv_len=_size(site.kv_len + before),
             kept=_size(kept),
             row_bytes=row_bytes(site),
             weight=_source_of(site.projection, names or {}),

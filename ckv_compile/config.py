@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from .budget import Budget, CacheBytes
-from .registry import METHODS, bases
+from .policies import TokenKinds
+from .registry import METHODS, POLICY_METHODS, bases
 
 ALLOCATIONS = ("uniform", "adakv", "headkv", "pyramid", "cake", "global")
 NORMS = ("l1", "l2", "value")
@@ -28,8 +29,9 @@ class EvictionConfig:
         budget: see :class:`Budget`.
         method: "criticalkv" (arXiv 2502.03805), "snapkv" (attention alone, arXiv 2404.14469),
             "h2o", "tova", "streaming_llm", "knorm", "keydiff", "vatp", "caote", "defensive",
-            "laprox", "expected_attention", or what :func:`ckv_compile.register_method` was given;
-            each has a file in ``ckv_compile/methods``.
+            "laprox", "expected_attention", "fastgen", or what
+            :func:`ckv_compile.register_method` was given; each has a file in
+            ``ckv_compile/methods``.
         window_size: observation window, the last queries; used for scoring and always kept.
         kernel_size: width of the pooling of attention scores, odd: the largest of the neighbours
             for "snapkv", their mean for "laprox".
@@ -49,13 +51,21 @@ class EvictionConfig:
             "headkv": shares from ``head_scores`` (arXiv 2410.19258); "pyramid": fewer from layer to
             layer (arXiv 2406.02069); "cake": layers share by the spread and the change of their
             attention (arXiv 2503.12491); "global": all heads of all layers compete. All but
-            "uniform" keep the cut prompt in packed form and need a transformers cache.
+            "uniform" keep the cut prompt in packed form and need a transformers cache. What follows
+            is cut again by methods that score each head alone: all but "tova", "defensive" and
+            "expected_attention"; and not with "cake".
         safeguard: of "adakv", the share of a head's uniform budget that no other head can take.
         head_scores: of "headkv", a number >= 0 for each layer and KV head: nested sequences, a
             tensor ``[layers, heads]``, or the path of a JSON file with nested lists.
+        recovery: of "fastgen" (arXiv 2310.01801), which takes no budget: each head keeps what the
+            cheapest policy keeps that recovers this share of the prompt's attention in that head;
+            0.95 if None. Each ``interval`` new tokens the policies are applied again.
+        token_kinds: of "fastgen", which tokens are special and which are punctuation;
+            ``optimize(..., tokenizer=...)`` reads them from a tokenizer.
         later_turns: "keep" all tokens that follow a prompt, or "evict" again whenever several come
             at once, to the budget of all tokens seen. A prompt fed in pieces is one prompt.
-        max_entries: bound of the entries per KV head while tokens are generated; None for none.
+        max_entries: bound of the entries per KV head, on average where heads differ, while tokens
+            are generated; None for none.
             When one more would not fit, the cache is cut to ``max_entries - interval``, scored by
             the last ``window_size`` queries. A prompt's budget is at most that as well.
         interval: tokens between two such cuts; at least ``window_size``.
@@ -88,6 +98,8 @@ class EvictionConfig:
     allocation: str = "uniform"
     safeguard: float = 0.2
     head_scores: Any = None
+    recovery: float | None = None
+    token_kinds: TokenKinds | None = None
     later_turns: str = "keep"
     max_entries: int | None = None
     interval: int = 128
@@ -98,7 +110,7 @@ class EvictionConfig:
     mode: str = "default"
 
     def __post_init__(self) -> None:
-        _check_choice("method", self.method, tuple(METHODS))
+        _check_choice("method", self.method, (*METHODS, *POLICY_METHODS))
         if isinstance(self.base, str) and self.base in METHODS and not METHODS[self.base].base:
             raise ValueError(
                 f"base={self.base!r} is not registered as a base, whose scores are never negative "
@@ -139,6 +151,7 @@ class EvictionConfig:
                 f"allocation='global' with method={self.method!r}, whose scores are no shares of a "
                 f"layer's; it takes one of {', '.join(map(repr, ('criticalkv', *bases())))}"
             )
+        self._check_policies()
         self._check_bound()
         for name in ("cross_attention", "rewrite_gqa", "share_regions"):
             if not isinstance(getattr(self, name), bool):
@@ -157,6 +170,38 @@ class EvictionConfig:
                 f"kept; an int budget counts tokens and takes at least window_size + 1"
             )
 
+    def _check_policies(self) -> None:
+        """Whether the options of FastGen are there, and no others that would mean nothing."""
+        if not self.chooses_policies:
+            for name in ("recovery", "token_kinds"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"{name} is an option of method='fastgen'")
+            return
+        if not isinstance(self.token_kinds, TokenKinds):
+            raise ValueError(
+                "method='fastgen' tells special tokens and punctuation apart; give "
+                "optimize(..., tokenizer=...), or token_kinds=TokenKinds(...)"
+            )
+        recovery = 0.95 if self.recovery is None else self.recovery
+        _check_float("recovery", recovery, 0.0, 1.0, "a float in [0, 1]")
+        object.__setattr__(self, "recovery", float(recovery))
+        left: dict[str, Any] = {"allocation": "uniform", "later_turns": "keep"}
+        left |= {"max_entries": None, "cross_attention": False}
+        for name, only in left.items():
+            if getattr(self, name) != only:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} with method='fastgen', whose policies say "
+                    f"what each head keeps; it takes {only!r}"
+                )
+        if self.budget not in (0.2, Budget(0.2), Budget(1.0)):
+            raise ValueError(
+                f"budget={self.budget!r} with method='fastgen', which takes none: recovery= says "
+                f"how much attention each head is to keep"
+            )
+        object.__setattr__(self, "budget", Budget(1.0))
+        takes = "an int >= 2"
+        _check_int("interval", self.interval, takes, self.interval, 2)
+
     def _check_bound(self) -> None:
         """Whether ``max_entries`` and ``interval`` leave room for the window and something more."""
         if self.max_entries is None:
@@ -172,10 +217,16 @@ class EvictionConfig:
                 f"base={self.base!r}: the queries that are kept while tokens are generated are "
                 f"rotated already; it takes a method that reads those"
             )
-        if self.packs:
+        if self.weighs_layers:
             raise ValueError(
-                f"max_entries={self.max_entries} with allocation={self.allocation!r}; it takes "
-                f"'uniform': heads of different lengths are cut once, behind the prompt"
+                f"max_entries={self.max_entries} with allocation='cake', which weighs layers by "
+                f"the attention of a prompt; it takes another allocation"
+            )
+        if self.packs and not self.cuts_packed:
+            raise ValueError(
+                f"max_entries={self.max_entries} with allocation={self.allocation!r} and "
+                f"{self.scored_by}, which looks at several heads at once: heads that hold "
+                f"different entries are cut again by scores of each head alone"
             )
 
     @classmethod
@@ -197,7 +248,37 @@ class EvictionConfig:
     @property
     def packs(self) -> bool:
         """Whether heads keep different numbers of entries, in packed form."""
-        return self.allocation != "uniform"
+        return self.allocation != "uniform" or self.chooses_policies
+
+    @property
+    def packed_by(self) -> str:
+        """The option that makes heads differ."""
+        name = "method" if self.chooses_policies else "allocation"
+        return f"{name}={getattr(self, name)!r}"
+
+    @property
+    def chooses_policies(self) -> bool:
+        """Whether heads keep what policies say, not what a budget says."""
+        return self.method in POLICY_METHODS
+
+    @property
+    def queries_kept(self) -> int:
+        """How many of the last queries a cut in mid-generation reads."""
+        return self.interval if self.chooses_policies else self.window_size
+
+    @property
+    def scored_by(self) -> str:
+        """The option that names the scores."""
+        based = self.method == "criticalkv"
+        return f"base={self.base!r}" if based else f"method={self.method!r}"
+
+    @property
+    def cuts_packed(self) -> bool:
+        """Whether heads that hold different entries can be cut again."""
+        if self.chooses_policies or self.weighs_layers:
+            return False
+        names = (self.method, self.base) if self.method == "criticalkv" else (self.method,)
+        return all(METHODS[name].by_head for name in names)
 
     @property
     def weighs_layers(self) -> bool:
@@ -207,11 +288,15 @@ class EvictionConfig:
     @property
     def reads_projection(self) -> bool:
         """Whether the scores see values through the output projection."""
+        if self.chooses_policies:
+            return False
         return METHODS[self.method].reads_projection and self.norm != "value"
 
     @property
     def reads_rotation(self) -> bool:
         """Whether the scores see the queries as later positions would turn them."""
+        if self.chooses_policies:
+            return False
         return any(METHODS[name].reads_rotation for name in (self.method, self.base))
 
     def entries(self, n: int | torch.SymInt, size: CacheBytes | None = None) -> Any:

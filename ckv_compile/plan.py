@@ -36,6 +36,8 @@ class Plan:
     seen: int
     real: Tensor | None
     total: Tensor | None = None
+    # [B, K] int8, the kinds of the entries' tokens where policies choose by them.
+    kinds: Tensor | None = None
 
     def mark(self, key: Tensor | None = None) -> Tensor:
         """Bring the budget into the graph that is being traced; elsewhere nothing happens.
@@ -60,6 +62,7 @@ def plan_for(
     seen_mask: Tensor | None = None,
     held_mask: Tensor | None = None,
     before: int = 0,
+    packed: list[int] | None = None,
     size: CacheBytes | None = None,
     strict: bool = True,
 ) -> Plan:
@@ -69,32 +72,39 @@ def plan_for(
         gap: of the cache that is cut again, see :class:`Plan`.
         seen_mask: ``[B, before + Q]``, 0 at pads; None without padding.
         held_mask: the same mask, made to fit what the cache holds: its last ``held + Q`` columns.
+            None beside packed entries where it hides nothing there.
+        packed: what each row holds beside, per head, on average.
         size: of the caches, for a budget in bytes.
         strict: see :class:`Plan`.
     """
     seen, kv_len = before + tokens.shape[1], held + tokens.shape[1]
-    length = min(config.entries(seen, size), kv_len)
+    beside = packed or [0] * tokens.shape[0]
+    length = min(config.entries(seen, size), kv_len + max(beside))
     row_budgets = real = None
-    if seen_mask is not None and held_mask is not None:
-        real = held_mask[:, -kv_len:].bool()
-        lengths, entries = seen_mask.bool().sum(-1).tolist(), real.sum(-1).tolist()
+    if seen_mask is not None:
+        entries = [kv_len] * tokens.shape[0]
+        if held_mask is not None:
+            real = held_mask[:, -kv_len:].bool()
+            entries = real.sum(-1).tolist()
+        entries = [left + more for left, more in zip(entries, beside, strict=True)]
         # A row keeps what it would keep alone: its budget counts its own tokens.
-        rows = zip(lengths, entries, strict=True)
+        rows = zip(seen_mask.bool().sum(-1).tolist(), entries, strict=True)
         budgets = [min(config.entries(n, size), left) for n, left in rows]
         # Where one row keeps all, no slot is freed: then nobody loses an entry for nothing. And a
         # batch that has seen nothing but pads keeps those, for a cache cannot hold nothing.
         length = max(budgets)
-        if length in (0, kv_len):
+        if packed is None and length in (0, kv_len):
             budgets, length = entries, kv_len
         row_budgets = torch.tensor(budgets, device=tokens.device)
     # Expanded from one element: the size is what counts, not the memory.
     capacity = torch.empty((), dtype=torch.uint8, device=tokens.device).expand(length)
     varies(capacity, 0)
     total = None
-    if config.packs and strict and gap is None:
+    if config.packs and strict:
         budgets = [length] * tokens.shape[0] if row_budgets is None else row_budgets.tolist()
-        # A row of a single token has no tail: such a batch keeps everything.
-        if min(budgets) >= TAIL:
+        # A row of a single token has no tail: such a batch keeps everything. And what is cut again
+        # has something beside its tail.
+        if min(budgets) >= TAIL and (gap is None or max(budgets) > TAIL):
             total = sized(sum(budgets) - TAIL * len(budgets), tokens.device)
             varies(total, 0)
     return Plan(capacity, tokens, held_mask, row_budgets, gap, strict, seen, real, total)

@@ -11,6 +11,9 @@ from pathlib import Path
 from types import FunctionType
 from typing import Any
 
+# Asked for by name as well; they score nothing, see ``methods/fastgen.py``.
+POLICY_METHODS = ("fastgen",)
+
 
 @dataclasses.dataclass(frozen=True)
 class Method:
@@ -24,6 +27,8 @@ class Method:
             CriticalKV may multiply them by a norm.
         reads_rotation: whether it calls ``expected_query``, so that the rotary embedding has to be
             read.
+        by_head: whether it scores a head's entries by that head alone, so that heads that hold
+            different entries can be scored again.
         key: what its code is known by in the compile cache; empty for methods of this package,
             whose every source file is part of that key in any case.
     """
@@ -32,6 +37,7 @@ class Method:
     reads_projection: bool = False
     base: bool = False
     reads_rotation: bool = False
+    by_head: bool = False
     key: str = ""
 
 
@@ -45,6 +51,7 @@ def register_method(
     reads_projection: bool = False,
     base: bool = False,
     reads_rotation: bool = False,
+    by_head: bool = False,
 ) -> None:
     """Make ``EvictionConfig(method=name)``, and so ``optimize(..., method=name)``, take a method.
 
@@ -58,6 +65,8 @@ def register_method(
         base: whether ``EvictionConfig(method="criticalkv", base=name)`` takes it: its scores are
             never negative and grow with what an entry is worth.
         reads_rotation: whether it asks the inputs for expected queries.
+        by_head: whether it looks at each KV head, and the query heads of its group, alone. Only
+            then can it cut again what an allocation has left: heads that hold different entries.
 
     Raises:
         TypeError, ValueError: naming the argument and what it takes.
@@ -66,9 +75,14 @@ def register_method(
         raise TypeError(f"name={name!r} is a {type(name).__name__}; it takes a new name, a str")
     if not name.isidentifier():
         raise ValueError(f"name={name!r} is not a name; it takes letters, digits and _")
-    if name in METHODS:
+    if name in METHODS or name in POLICY_METHODS:
         raise ValueError(f"name={name!r} is taken; the names are {', '.join(METHODS)}")
-    flags = {"reads_projection": reads_projection, "base": base, "reads_rotation": reads_rotation}
+    flags = {
+        "reads_projection": reads_projection,
+        "base": base,
+        "reads_rotation": reads_rotation,
+        "by_head": by_head,
+    }
     for flag, value in flags.items():
         if not isinstance(value, bool):
             raise TypeError(f"{flag}={value!r}; it takes True or False")
@@ -79,7 +93,8 @@ def register_method(
         inspect.signature(function).bind(None)
     except (TypeError, ValueError) as error:
         raise TypeError(f"function={function!r}: {error}; {takes}") from None
-    METHODS[name] = Method(function, reads_projection, base, reads_rotation, key_of(function))
+    key = key_of(function)
+    METHODS[name] = Method(function, reads_projection, base, reads_rotation, by_head, key)
 
 
 def bases() -> tuple[str, ...]:

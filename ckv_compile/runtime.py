@@ -21,6 +21,7 @@ from .backend import (
 )
 from .budget import CacheBytes
 from .config import EvictionConfig
+from .cuts import cuts, why_whole
 from .inputs import (
     MASKS,
     by_name,
@@ -35,6 +36,7 @@ from .inputs import (
 from .passes import insert  # noqa: F401  registers the capacity marker
 from .plan import Plan, plan_for
 from .report import NOTHING_MATCHED, Report, merged
+from .sizes import varies
 
 # Prefill, decode, later turns, each with and without padding and positions, batches of one and of
 # many: more kinds of calls than Dynamo's default of 8, and past the limit nothing is evicted.
@@ -112,6 +114,8 @@ class OptimizedForward:
         # Reports of the region that have been checked for what a user must hear of.
         self.read = len(region.reports)
         self.row_bytes: dict[Any, tuple[int, list[tuple[int, int]]]] = {}
+        # Of the tokens' kinds, where policies choose by them.
+        self.table: Tensor | None = None
 
     @property
     def report(self) -> Report:
@@ -164,54 +168,44 @@ class OptimizedForward:
         fresh = room.tokens_seen(cache) == 0
         if self.config.packs and fresh and room.has_fixed_layers(cache):
             raise ValueError(
-                f"allocation={self.config.allocation!r} leaves heads of different lengths, which "
-                f"an EvictedCache(max_new_tokens=...) cannot hold; take 'uniform', or a cache that "
-                f"grows"
+                f"{self.config.packed_by} leaves heads of different lengths, which an "
+                f"EvictedCache(max_new_tokens=...) cannot hold; take another, or a cache that grows"
             )
-        if self.config.max_entries is not None:
-            if room.has_fixed_layers(cache):
-                raise ValueError(
-                    f"max_entries={self.config.max_entries} bounds a cache that grows; an "
-                    f"EvictedCache(max_new_tokens=...) is bounded by that"
-                )
-            room.watch(cache)
-        # An encoder's entries are cut at the first call, be it of one token.
-        least = 1 if self.config.cross_attention else 2
-        if fresh:
-            cutting = q_len >= least
-        else:
-            cutting = self._cuts_again(cache) if q_len > 1 else self._is_full(cache, q_len)
-        cutting = cutting and room.counts_all(cache)
-        if not fresh and q_len > 1 and room.is_packed(cache) and self._would_cut_again(cache):
-            self._warn_once(
-                "packed",
-                f"allocation={self.config.allocation!r} cuts the first piece of a prompt alone: "
-                "what follows it is kept whole",
+        if self.config.max_entries is not None and room.has_fixed_layers(cache):
+            raise ValueError(
+                f"max_entries={self.config.max_entries} bounds a cache that grows; an "
+                f"EvictedCache(max_new_tokens=...) is bounded by that"
             )
+        if self.config.max_entries is not None or self.config.chooses_policies:
+            room.watch(cache, self.model)
+        kinds = self._kinds(tokens, cache)
+        cutting = cuts(self.config, cache, q_len, fresh=fresh)
+        if not fresh and q_len > 1:
+            why = why_whole(self.config, cache)
+            if why:
+                self._warn_once("packed", f"what follows this prompt is kept whole: {why}")
         with room.writing(cache, self.model, q_len, cutting=cutting):
-            result, plan = self._run(tokens, cache, fresh, cutting, args, kwargs)
+            result, plan = self._run(tokens, cache, fresh, cutting, args, kwargs, kinds)
+        if kinds is not None:
+            room.note_kinds(cache, kinds, plan)
         if plan is not None:
             room.settle(cache, plan, self.config.window_size)
         elif q_len == 1:
             room.finish_prompt(cache)
         return result
 
-    def _cuts_again(self, cache: Any) -> bool:
-        """Whether several tokens behind ``cache`` leave it cut to the budget of all of them."""
-        return self._would_cut_again(cache) and cache_room().can_cut_again(cache)
-
-    def _is_full(self, cache: Any, q_len: int) -> bool:
-        """Whether a single token would take the cache over its bound."""
-        most, room = self.config.max_entries, cache_room()
-        if most is None or q_len != 1 or room.takes_back(cache):
-            return False
-        return room.most_held(cache) + 1 > most and room.can_cut_again(cache)
-
-    def _would_cut_again(self, cache: Any) -> bool:
-        """Whether several more tokens are a piece of a prompt, or a turn that is cut."""
-        room = cache_room()
-        turn = self.config.later_turns == "evict" and not room.takes_back(cache)
-        return turn or room.in_prompt(cache)
+    def _kinds(self, tokens: Any, cache: Any) -> Tensor | None:
+        """What policies choose by, of the tail's tokens and these; None without policies."""
+        if not self.config.chooses_policies:
+            return None
+        if tokens is None or tokens.is_floating_point():
+            raise ValueError("method='fastgen' tells tokens apart by their ids; pass input_ids")
+        assert self.config.token_kinds is not None
+        if self.table is None or self.table.device != tokens.device:
+            self.table = self.config.token_kinds.table().to(tokens.device)
+        kinds = self.table[tokens.clamp(max=len(self.table) - 1)]
+        held: Tensor = cache_room().kinds_held(cache, kinds)
+        return held
 
     def _run(
         self,
@@ -221,6 +215,7 @@ class OptimizedForward:
         cutting: bool,
         args: Any,
         kwargs: dict[str, Any],
+        kinds: Tensor | None = None,
     ) -> tuple[Any, Plan | None]:
         """The call's result, and what it was to keep; None where nothing is cut."""
         seen_mask = kwargs.get(self._decoder_mask)
@@ -238,6 +233,9 @@ class OptimizedForward:
             )
             return self.model._call_impl(*args, **kwargs), None
         plan = self._plan(tokens, cache, fresh, seen_mask, mask, kwargs) if cutting else None
+        if plan is not None and kinds is not None:
+            varies(kinds, 1)
+            plan = dataclasses.replace(plan, kinds=kinds)
         mark_dynamic(tokens, kwargs)
         if cache is not None:
             cache_room().announce(cache, plan)
@@ -313,25 +311,36 @@ class OptimizedForward:
             if self._fits_all_layers(cache, mask, plan):
                 return plan
             return plan_for(self.config, tokens, size=size, strict=strict)
-        layer = cache_room().first_layer(cache)
+        layer, packed = cache_room().first_layer(cache), None
+        if not self.config.chooses_policies:
+            packed = cache_room().packed_rows(cache)
         before = layer.get_seq_length()
+        counted = seen_mask is not None and seen_mask.shape[1] == before + tokens.shape[1]
         if mask is not None:
             kv_len = layer.held + tokens.shape[1]
-            counted = seen_mask is not None and seen_mask.shape[1] == before + tokens.shape[1]
             # Who does not know how many tokens its rows have seen, or has pads between them, waits.
             if not counted or not is_contiguous(mask[:, -kv_len:]):
                 return None
-        seen_mask = None if mask is None else seen_mask
+        # Rows that are packed to different lengths were padded: each counts its own tokens.
+        differ = packed is not None and len(set(packed)) > 1
+        if differ and not counted:
+            return None
+        seen_mask = None if mask is None and not differ else seen_mask
         plan = plan_for(
-            self.config if tokens.shape[1] > 1 else self.config.bounded,
+            self.config.bounded
+            if self.config.max_entries and tokens.shape[1] == 1
+            else self.config,
             tokens,
             held=layer.held,
             gap=layer.gap,
             seen_mask=seen_mask,
             held_mask=mask,
             before=before,
+            packed=packed,
             size=size,
         )
+        if self.config.packs and plan.total is None:
+            return None
         return plan if self._fits_all_layers(cache, seen_mask, plan) else None
 
     def _fits_all_layers(self, cache: Any, mask: Tensor | None, plan: Plan) -> bool:

@@ -112,8 +112,8 @@ def test_options_are_checked():
         EvictionConfig(max_entries=100)
     with pytest.raises(ValueError, match="interval=4"):
         EvictionConfig(max_entries=400, interval=4)
-    with pytest.raises(ValueError, match="'uniform'"):
-        EvictionConfig(max_entries=400, allocation="adakv")
+    with pytest.raises(ValueError, match="method='tova', which looks at several heads"):
+        EvictionConfig(max_entries=400, allocation="adakv", method="tova")
     model = ckv_compile.optimize(tiny(), 1.0, **OPTIONS)
     with pytest.raises(ValueError, match="max_entries=60"):
         generated(model, prompt(40), 3, past_key_values=EvictedCache(max_new_tokens=4))

@@ -324,6 +324,7 @@ def test_repr_names_every_option_and_no_address() -> None:
         "EvictionConfig(budget=Budget(spec=0.2), method='criticalkv', window_size=32, "
         "kernel_size=7, first_stage_ratio=0.5, epsilon=0.0001, norm='l1', "
         "base='snapkv', allocation='uniform', safeguard=0.2, head_scores=None, "
+        "recovery=None, token_kinds=None, "
         "later_turns='keep', max_entries=None, interval=128, cross_attention=False, "
         "rewrite_gqa=True, share_regions=True, lowering='auto', mode='default')"
     )

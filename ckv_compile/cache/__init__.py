@@ -19,6 +19,7 @@ from .evicted import (
     in_prompt,
     is_packed,
     most_held,
+    packed_rows,
     row_bytes,
     self_attention_of,
     settle,
@@ -28,6 +29,7 @@ from .evicted import (
     writing,
 )
 from .files import fingerprint_of
+from .kinds import has_policies, kinds_held, note_kinds, policies_of
 from .layers import EvictedLayer
 from .masks import bounded_layers_agree, is_fixed, physical_mask
 from .packed import PackedKV
@@ -48,11 +50,16 @@ __all__ = [
     "first_layer",
     "follows_rows",
     "has_fixed_layers",
+    "has_policies",
     "in_prompt",
     "is_fixed",
     "is_packed",
+    "kinds_held",
     "most_held",
+    "note_kinds",
+    "packed_rows",
     "physical_mask",
+    "policies_of",
     "row_bytes",
     "self_attention_of",
     "settle",

@@ -17,11 +17,12 @@ from transformers.cache_utils import (
     LinearAttentionAndFullAttentionLayer,
 )
 
-from ..sizes import sized
+from ..sizes import TAIL, sized
 from . import files
 from .fixed import FixedLayer
 from .hybrid import EvictedHybridLayer
 from .layers import EvictedLayer
+from .packed import row_means
 
 
 class EvictedCache(DynamicCache):
@@ -55,11 +56,14 @@ class EvictedCache(DynamicCache):
     def nbytes(self) -> int:
         """Bytes of storage that the keys and values of all layers hold, room to grow included.
 
-        With them count the positions of entries, where attention has a bias that asks for them.
+        With them counts what else is kept of each entry: its position, where attention has a bias
+        that asks for it, and what policies choose by.
         """
         tensors = [t for layer in self.layers for t in _tensors(layer)]
         placed = (layer.positions for layer in evicted_layers(self))
         tensors += [positions for positions in placed if positions is not None]
+        packed = (layer.packed for layer in evicted_layers(self))
+        tensors += [part for store in packed if store is not None for part in store.beside]
         # Layers may share a store.
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
         return sum(storages.values())
@@ -95,6 +99,9 @@ class EvictedCache(DynamicCache):
         """
         cache = cls()
         cache.layers, cache.fingerprint = files.read(path, model, device)
+        spread = max(packed_rows(cache) or [0])
+        for layer in evicted_layers(cache):
+            layer.spread = spread
         _share_sizes(cache)
         return cache
 
@@ -237,15 +244,24 @@ def announce(cache: Any, plan: Any) -> None:
         layer.plan = plan
 
 
-def watch(cache: Any) -> None:
+def watch(cache: Any, model: Any) -> None:
     """Keep the last queries beside the entries."""
+    # From the first call on: a call that finds none is another graph than one that finds some.
+    _make_layers(cache, model)
     for layer in evicted_layers(cache):
         layer.watched = True
 
 
 def most_held(cache: Any) -> int:
-    """Entries in the fullest of the layers that may be cut."""
-    return max((layer.held for layer in evicted_layers(cache)), default=0)
+    """Entries in the fullest of the layers that may be cut; per head, where heads differ."""
+    return max((layer.held + layer.spread for layer in evicted_layers(cache)), default=0)
+
+
+def packed_rows(cache: Any) -> list[int] | None:
+    """What each row holds packed, see ``row_means``; None if nothing is."""
+    layers = [layer for layer in evicted_layers(cache) if layer.packed is not None]
+    parts = [layer.packed for layer in layers if layer.packed is not None]
+    return row_means(parts, layers[0].keys.shape[0]) if parts else None
 
 
 def in_prompt(cache: Any) -> bool:
@@ -268,8 +284,6 @@ def finish_prompt(cache: Any) -> None:
 
 def can_cut_again(cache: Any) -> bool:
     """Whether all layers were cut alike: only then one budget and one mask serve them all."""
-    if is_packed(cache):
-        return False
     layers = [layer for layer in evicted_layers(cache) if layer.is_initialized]
     alike = {(layer.held, layer.evicted) for layer in layers}
     return len(alike) == 1 and all(layer.gap is not None for layer in layers)
@@ -281,14 +295,18 @@ def settle(cache: Any, plan: Any, window_size: int) -> None:
     Args:
         window_size: the last tokens, all of which are held.
     """
-    packed = _are_packed(cache)
+    packed = are_packed(cache)
     for layer in evicted_layers(cache):
         if not layer.is_initialized:
             continue
         if packed:
-            layer.settle_packed(plan.seen)
+            # A bound counts entries; policies have none.
+            spread = 0 if plan.kinds is not None else plan.capacity.shape[0] - TAIL
+            layer.settle_packed(plan.seen, spread)
             continue
         layer.packing = None
+        if layer.packed is not None:
+            continue  # nothing was cut
         held, valid = layer.held, plan.real
         cut = held == plan.capacity.shape[0]
         # A layer that was left whole has its entries where they were, however many came.
@@ -304,7 +322,7 @@ def settle(cache: Any, plan: Any, window_size: int) -> None:
     _share_sizes(cache)
 
 
-def _are_packed(cache: Any) -> bool:
+def are_packed(cache: Any) -> bool:
     """Whether a call has packed its layers; all of them or none.
 
     Raises:

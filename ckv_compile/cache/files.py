@@ -28,6 +28,8 @@ def write(path: str | os.PathLike[str], layers: list[Any], fingerprint: str) -> 
             raise ValueError(f"layer {i} is a {type(layer).__name__}, which cannot be saved")
     if not layers or not all(layer.is_initialized for layer in layers):
         raise ValueError("the cache is empty: there is nothing to save")
+    if any(layer.profile for layer in layers):
+        raise ValueError("a cache whose heads have policies (method='fastgen') cannot be saved")
     tensors = {}
     states = []
     for i, layer in enumerate(layers):

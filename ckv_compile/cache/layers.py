@@ -43,8 +43,15 @@ class EvictedLayer(DynamicLayer):
         # What is kept of the prompt, if its heads keep different numbers of entries; then ``keys``
         # and ``values`` are its last two tokens and those since, and ``gap`` counts the others.
         self.packed: PackedKV | None = None
+        # Entries of it per head, on average over all layers, in the fullest row.
+        self.spread = 0
         # The same as the call leaves it, see ``settle_packed``.
-        self.packing: tuple[Tensor, Tensor, Tensor] | None = None
+        self.packing: tuple[Tensor, ...] | None = None
+        # Of heads with policies: the attention that the tail's first tokens have had, [B, Hkv, 2],
+        # the policies [B, Hkv] and the tokens that each row has seen [B]; and, where policies are
+        # to be applied, the kinds of the tail's tokens, [B, t] int8.
+        self.profile: tuple[Tensor, ...] = ()
+        self.kinds: Tensor | None = None
         # Whether the last queries are to be kept, and those, ``[B, H, W, D]``: they score the
         # entries when a long generation is cut.
         self.watched = False
@@ -136,15 +143,14 @@ class EvictedLayer(DynamicLayer):
             self._values = value_states.clone(memory_format=torch.contiguous_format)
             if plan is not None:
                 self.positions = plan.mark(self._keys)
-                if plan.total is not None:
-                    self.packing = torch.ops.ckv_compile.packed(
-                        self._keys, self._values, plan.total
-                    )
+                self._ask_for_packing(plan, self._keys, self._values)
             self._watch(self._keys)
             return self._keys, self._values
         if plan is not None:
             plan.mark()
         keys, values = self._append(key_states, value_states)
+        if plan is not None:
+            self._ask_for_packing(plan, keys, values)
         self._mark_positions(keys)
         self._watch(keys)
         if self.packed is not None:
@@ -166,6 +172,19 @@ class EvictedLayer(DynamicLayer):
         self._keys = torch.cat([keys, key_states], dim=-2)
         self._values = torch.cat([values, value_states], dim=-2)
         return self._keys, self._values
+
+    def _ask_for_packing(self, plan: Any, keys: Tensor, values: Tensor) -> None:
+        """Ask the pass for what is left of these, in packed form, if heads are to differ."""
+        if plan.total is None:
+            return
+        if plan.kinds is None:
+            self.packing = torch.ops.ckv_compile.packed(keys, values, plan.total)
+            return
+        before: list[Tensor] = []
+        if self.packed is not None:
+            packed = self.packed
+            before = [packed.keys, packed.values, packed.cu_kv_lens, *packed.beside, *self.profile]
+        self.packing = torch.ops.ckv_compile.profiled(keys, values, plan.kinds, before)
 
     def _watch(self, keys: Tensor) -> None:
         """Ask the pass for the last queries."""
@@ -208,12 +227,14 @@ class EvictedLayer(DynamicLayer):
             self.positions = None
         self.prompt_len, self.thinned = self.held + evicted, max(self.held - window_size, 0)
 
-    def settle_packed(self, seen: int) -> None:
-        """Note what the call has left of a prompt of ``seen`` tokens, if it was packed."""
+    def settle_packed(self, seen: int, spread: int) -> None:
+        """Note what the call has left of ``seen`` tokens, if it was packed; see ``spread``."""
         assert self.packing is not None
-        self.packed, self.packing = PackedKV(*self.packing), None
-        self.gap = sized(seen - self.held, self._keys.device)
-        self.positions = None
+        keys, values, cu_kv_lens, *more = self.packing
+        store, self.profile = PackedKV(keys, values, cu_kv_lens, tuple(more[:3])), tuple(more[3:])
+        self.packed, self.packing = store.in_use() if self.profile else store, None
+        self.gap, self.spread = sized(seen - self.held, self._keys.device), spread
+        self.positions = self.valid = None
         self.prompt_len, self.thinned = seen, 0
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -240,6 +261,8 @@ class EvictedLayer(DynamicLayer):
         self._shorten(left)
         if self.valid is not None:
             self.valid = self.valid[:, :left]
+        if self.kinds is not None:
+            self.kinds = self.kinds[:, :left]
         if self.positions is not None:
             self.positions = self.positions[:, :, :left]
         self.prompt_len = min(self.prompt_len, self.get_seq_length())
@@ -257,7 +280,8 @@ class EvictedLayer(DynamicLayer):
         self.keys = self.values = None
         self.is_initialized = self.complete = self.record_past = False
         self.gap = self.valid = self.positions = self.packed = self.packing = self.recent = None
-        self.thinned = self.prompt_len = 0
+        self.profile, self.kinds = (), None
+        self.thinned = self.prompt_len = self.spread = 0
 
     def offload(self) -> None:
         self._move("cpu")
@@ -270,6 +294,7 @@ class EvictedLayer(DynamicLayer):
         self._replace(lambda buffer: buffer.to(device, non_blocking=True))
         if self.packed is not None:
             self.packed = self.packed.to(device)
+        self.profile = tuple(part.to(device) for part in self.profile)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._on_rows(lambda rows: rows.index_select(0, beam_idx.to(rows.device)))
@@ -284,6 +309,9 @@ class EvictedLayer(DynamicLayer):
         if self.packed is not None:
             self.packed = self.packed.rows(change, self._keys.shape[0])
         self._replace(change)
+        self.profile = tuple(change(part) for part in self.profile)
+        if self.kinds is not None:
+            self.kinds = change(self.kinds)
         if self.valid is not None:
             self.valid = change(self.valid)
         if self.positions is not None:
@@ -309,6 +337,8 @@ class EvictedLayer(DynamicLayer):
             dense = tensor.dim() == 4
             _mark_static(tensor, (1, 3) if dense else (1,))
             self._declare_length(tensor, 2 if dense else 0)
+        for entries in () if self.packed is None else self.packed.beside:
+            self._declare_length(entries, 0)
         if self.positions is not None:
             _mark_static(self.positions, (1,))
             self._declare_length(self.positions, 2)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -15,12 +15,13 @@ class PackedKV:
 
     Head ``h`` of row ``b`` has the entries from ``cu_kv_lens[b * Hkv + h]`` up to the next one's.
     ``cu_kv_lens`` is ``[B * Hkv + 1]`` int32 and need not begin at 0: several layers may share one
-    store.
+    store. ``beside`` are tensors ``[T]``, what else is known of each entry.
     """
 
     keys: Tensor
     values: Tensor
     cu_kv_lens: Tensor
+    beside: tuple[Tensor, ...] = ()
 
     @property
     def lengths(self) -> Tensor:
@@ -38,15 +39,37 @@ class PackedKV:
         within = within - (ends - lengths).repeat_interleave(lengths)
         at = starts.repeat_interleave(lengths) + within
         cu_kv_lens = torch.cat([ends.new_zeros(1), ends]).int()
-        return PackedKV(self.keys[at], self.values[at], cu_kv_lens)
+        beside = tuple(part[at] for part in self.beside)
+        return PackedKV(self.keys[at], self.values[at], cu_kv_lens, beside).in_use()
 
     def alone(self) -> PackedKV:
         """This layer's entries without those of others in the same store."""
         begin, end = int(self.cu_kv_lens[0]), int(self.cu_kv_lens[-1])
         cu_kv_lens = self.cu_kv_lens - begin
-        return PackedKV(self.keys[begin:end], self.values[begin:end], cu_kv_lens)
+        beside = tuple(part[begin:end] for part in self.beside)
+        return PackedKV(self.keys[begin:end], self.values[begin:end], cu_kv_lens, beside)
+
+    def in_use(self) -> PackedKV:
+        """A store that ends with its last head, but of two entries at least, for Dynamo's sake."""
+        end = int(self.cu_kv_lens[-1])
+        if end == len(self.keys) and end >= 2:
+            return self
+        parts = (self.keys, self.values, *self.beside)
+        # What fills it up is never read.
+        new = [part.new_zeros(max(end, 2), *part.shape[1:]) for part in parts]
+        for to, part in zip(new, parts, strict=True):
+            to[:end] = part[:end]
+        return PackedKV(new[0], new[1], self.cu_kv_lens, tuple(new[2:]))
 
     def to(self, device: torch.device | str) -> PackedKV:
         """The same on another device."""
-        parts = (self.keys, self.values, self.cu_kv_lens)
-        return PackedKV(*(part.to(device, non_blocking=True) for part in parts))
+        parts = (self.keys, self.values, self.cu_kv_lens, *self.beside)
+        moved = [part.to(device, non_blocking=True) for part in parts]
+        return PackedKV(moved[0], moved[1], moved[2], tuple(moved[3:]))
+
+
+def row_means(parts: Sequence[PackedKV], batch: int) -> list[int]:
+    """Entries per head of each row, on average over the layers: whole numbers, as they were cut."""
+    lengths = torch.cat([part.lengths.view(batch, -1) for part in parts], dim=1)
+    means: list[int] = (lengths.sum(-1) // lengths.shape[1]).tolist()
+    return means

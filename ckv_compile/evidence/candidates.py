@@ -33,6 +33,15 @@ class Candidate:
             self._refuse("max_entries", None)
         if self.config.packs and self.keeps is not Seen.kept:
             self._refuse("allocation", "uniform")
+        if self.config.weighs_layers:
+            self._refuse("allocation", "another one")
+        if self.config.chooses_policies:
+            self._refuse("method", "one with a budget")
+        if self.config.reads_rotation:
+            raise ValueError(
+                f"{self.label}: method={self.config.method!r} is not measured here: it reads "
+                f"queries from before their rotary embedding, which a compiled prefill alone shows"
+            )
 
     def _refuse(self, name: str, taken: Any) -> None:
         given = getattr(self.config, name)
@@ -48,19 +57,14 @@ class Candidate:
             self._refuse("allocation", "uniform")
         return self
 
-        if self.config.reads_rotation:
-            raise ValueError(
-                f"{self.label}: method={self.config.method!r} is not measured here: it reads "
-                f"queries from before their rotary embedding, which a compiled prefill alone shows"
-            )
-
     def at(self, budget: Spec) -> EvictionConfig:
         return dataclasses.replace(self.config, budget=budget)
 
     @property
     def options(self) -> str:
         """All that decides what is kept, but for the budget."""
-        skipped = ("budget", "lowering", "mode", "later_turns", "rewrite_gqa", "share_regions")
+        skipped = {"budget", "lowering", "mode", "later_turns", "rewrite_gqa", "share_regions"}
+        skipped |= {"recovery", "token_kinds"}  # of methods that are not measured
         fields = [f.name for f in dataclasses.fields(self.config) if f.name not in skipped]
         parts = [f"{name}={getattr(self.config, name)}" for name in fields]
         return ", ".join(parts)
@@ -70,6 +74,8 @@ def every_candidate() -> tuple[str, ...]:
     """Every registered method with "uniform", "adakv" and, where it applies, "global" shares."""
     found = []
     for name, method in METHODS.items():
+        if method.reads_rotation:
+            continue  # see Candidate
         # Only scores that are shares of a layer's compare between layers, see EvictionConfig.
         globally = method.base or name == "criticalkv"
         found += [name, f"{name}:allocation=adakv"]

@@ -34,9 +34,11 @@ def kept_masks(layers: Sequence[Scores], config: EvictionConfig) -> list[Tensor]
     window, shares = max(config.window_size, TAIL), Shares(config.safeguard, flat)
     budgets = head_budgets(bases, rows, window, real, config.allocation, shares)
     share = exact_share(config.first_stage_ratio)
-    stages = (window, (share.numerator, share.denominator), config.epsilon, real)
+    stages = (window, (share.numerator, share.denominator), config.epsilon)
     return [
-        keep_mask(scores.base, scores.made_norm, budget, *stages)
+        keep_mask(
+            scores.base, scores.made_norm, budget, *stages, real[:, None].expand_as(scores.base)
+        )
         for scores, budget in zip(layers, budgets, strict=True)
     ]
 

@@ -38,8 +38,8 @@ def attention_rows(
         scale: SDPA's scale, None for ``1/sqrt(D)``.
         window_size: that many of a row's last keys are not scored; all are, if not ``causal``.
         asked: that many of a row's last queries are read, or None for all of them.
-        reduce: what is made of attention ``A[t, i]``, t the queries: "mean" over those that see
-            the key; "l2", the root of the sum of squares; "max" of rows averaged over
+        reduce: what is made of attention ``A[t, i]``, t the queries: "sum"; "mean" over those that
+            see the key; "l2", the root of the sum of squares; "max" of rows averaged over
             ``kernel_size`` keys, each row scaled back to its mass; or "drop", the mean of
             ``A / (1 - A) * ||o_t - v_i||_2``, ``o_t = sum_i A[t, i] v_i``.
         softcap, real, bias, sinks: as of the kernel ``window_attention``.

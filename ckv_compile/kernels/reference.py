@@ -112,8 +112,8 @@ def attention_rows(
     """A reduction of single queries' attention, ``[B, H, K]``; 0 in the window and in pads.
 
     Of the last ``asked`` queries, None for all; otherwise as :func:`window_attention`, or as
-    :func:`cross_attention` if not ``causal``. ``reduce`` is "mean" over the queries that see the
-    key, "l2" the root of the sum of squares, "max" of rows averaged over ``kernel_size`` of the
+    :func:`cross_attention` if not ``causal``. ``reduce`` is "sum", "mean" over the queries that see
+    the key, "l2" the root of the sum of squares, "max" of rows averaged over ``kernel_size`` of the
     keys before the window and scaled to the mass they had (DefensiveKV, arXiv 2510.13334), or
     "drop", the mean of ``A / (1 - A) * ||o - v||_2`` (CAOTE, arXiv 2504.14051).
     """
@@ -152,7 +152,9 @@ def attention_rows(
                 if reduce == "drop":
                     assert value is not None
                     attention = changes(attention, value[b, g, row].float())
-                scored = attention.sum(0) / torch.stack(seen).sum(0).clamp(min=1)
+                scored = attention.sum(0)
+                if reduce != "sum":
+                    scored = scored / torch.stack(seen).sum(0).clamp(min=1)
             scores[b, h, row[:prefix]] = scored[:prefix]
     return scores
 

@@ -28,44 +28,52 @@ def head_budgets(
     bases: Sequence[Tensor],
     row_budgets: Tensor,
     window_size: int,
-    real: Tensor,
+    real: Tensor | Sequence[Tensor],
     allocation: str,
     safeguard: float = 0.2,
     head_scores: Sequence[float] = (),
     preferences: Tensor | None = None,
 ) -> list[Tensor]:
-    """Entries that each head of each layer keeps, ``[B, Hkv]``; see METHODS in the docs."""
+    """Entries that each head of each layer keeps, ``[B, Hkv]``; see METHODS in the docs.
+
+    ``real`` is ``[B, K]``, or ``[B, Hkv, K]`` of each layer where heads hold different entries.
+    """
     budgets = [torch.zeros(base.shape[:2], dtype=torch.int64) for base in bases]
     slots = [(i, h) for i, base in enumerate(bases) for h in range(base.shape[1])]
     for b, budget in enumerate(row_budgets.tolist()):
-        window, prefix = window_and_prefix(real[b], window_size)
-        held = min(len(window), budget)
-        extra, most = budget - held, len(prefix)
-        scores = {(i, h): {p: float(bases[i][b, h, p]) for p in prefix} for i, h in slots}
+        own = {(i, h): real[b] if isinstance(real, Tensor) else real[i][b, h] for i, h in slots}
+        held = min(window_size, budget, *(int(row.sum()) for row in own.values()))
+        prefixes = {slot: window_and_prefix(row, held)[1] for slot, row in own.items()}
+        extra, most = budget - held, {slot: len(prefix) for slot, prefix in prefixes.items()}
+        scores = {(i, h): {p: float(bases[i][b, h, p]) for p in prefixes[i, h]} for i, h in slots}
+        shares: dict[Any, int] = {}
         if allocation == "uniform":
-            shares = dict.fromkeys(slots, extra)
+            for i in range(len(bases)):
+                shares |= capped(dict.fromkeys([s for s in slots if s[0] == i], extra), most)
         elif allocation == "adakv":
-            shares = {}
             for i in range(len(bases)):
                 mine = [slot for slot in slots if slot[0] == i]
                 count = _counts({s: scores[s] for s in mine}, extra * len(mine))
                 floor = Fraction(exact_share(safeguard))
                 quota = {s: (1 - floor) * count[s] + floor * extra for s in mine}
-                shares |= apportioned(quota, extra * len(mine))
+                shares |= capped(apportioned(quota, extra * len(mine)), most)
         elif allocation == "global":
             for i in range(len(bases)):
-                layer = bases[i][b, :, prefix]
-                total = layer.double().sum().float().clamp(min=torch.finfo(torch.float32).tiny)
+                mine = [slot for slot in slots if slot[0] == i]
+                total = torch.cat([bases[i][b, h, prefixes[i, h]] for i, h in mine]).double().sum()
+                total = total.float().clamp(min=torch.finfo(torch.float32).tiny)
                 for h in range(bases[i].shape[1]):
                     normed = bases[i][b, h] / total
-                    scores[i, h] = {p: float(normed[p]) for p in prefix}
+                    scores[i, h] = {p: float(normed[p]) for p in prefixes[i, h]}
             shares = _counts(scores, extra * len(slots))
         elif allocation == "pyramid":
-            each = pyramid(extra, most, len(bases))
-            shares = {(i, h): each[i] for i, h in slots}
+            layers = range(len(bases))
+            room = [max(n for (i, _), n in most.items() if i == layer) for layer in layers]
+            each = pyramid(extra, room)
+            shares = capped({(i, h): each[i] for i, h in slots}, most)
         elif allocation == "cake":
             assert preferences is not None
-            each = cake(preferences[b].tolist(), extra, most)
+            each = cake(preferences[b].tolist(), extra, max(most.values()))
             shares = {(i, h): each[i] for i, h in slots}
         else:
             total = sum(Fraction(score) for score in head_scores)
@@ -80,17 +88,18 @@ def head_budgets(
     return budgets
 
 
-def pyramid(extra: int, most: int, layers: int) -> list[int]:
+def pyramid(extra: int, most: list[int]) -> list[int]:
     """Entries beyond the window, from layer to layer (arXiv 2406.02069)."""
+    layers = len(most)
     if layers == 1:
         return [extra]
     last = Fraction(extra, 20)
     first = 2 * extra - last
-    if first > most:
-        first = Fraction(most)
+    if first > most[0]:
+        first = Fraction(most[0])
         last = 2 * extra - first
     quota = {i: first - i * (first - last) / (layers - 1) for i in range(layers)}
-    each = capped(apportioned(quota, extra * layers), most)
+    each = capped(apportioned(quota, extra * layers), dict(enumerate(most)))
     return [each[i] for i in range(layers)]
 
 
@@ -101,7 +110,7 @@ def cake(preferences: Sequence[float], extra: int, most: int) -> list[int]:
     parts = [round(one / sum(asked) * 10**6) for one in asked]
     pool = extra * len(parts)
     quota = {i: Fraction(pool * part, sum(parts)) for i, part in enumerate(parts)}
-    each = capped(apportioned(quota, pool), most)
+    each = capped(apportioned(quota, pool), dict.fromkeys(quota, most))
     return [each[i] for i in range(len(parts))]
 
 
@@ -148,12 +157,12 @@ def apportioned(quota: dict[Any, Any], total: int) -> dict[Any, int]:
     return whole
 
 
-def capped(budgets: dict[Any, int], most: int) -> dict[Any, int]:
-    """What is above ``most`` goes to the largest of the others."""
-    held = {slot: min(budget, most) for slot, budget in budgets.items()}
+def capped(budgets: dict[Any, int], most: dict[Any, int]) -> dict[Any, int]:
+    """What is above ``most`` of a slot goes to the largest of the others."""
+    held = {slot: min(budget, most[slot]) for slot, budget in budgets.items()}
     excess = sum(budgets.values()) - sum(held.values())
     for slot in sorted(held, key=lambda slot: -held[slot]):
-        given = min(excess, most - held[slot])
+        given = min(excess, most[slot] - held[slot])
         held[slot] += given
         excess -= given
     return held

@@ -2,6 +2,9 @@
 
 Every allocation hands out exactly what ``uniform`` would: the entries beyond the observation window
 add up to ``extra`` times the number of heads, in each row of the batch. The window is every head's.
+
+Heads that were cut before hold different entries. None is then given more than it holds; what would
+be goes to others.
 """
 
 from __future__ import annotations
@@ -34,19 +37,20 @@ class Shares:
     preferences: Tensor | None = None
 
 
-# Scores [B, Hkv, K] of each layer, extra [B], candidates [B, K] -> [B, Hkv] int64 of each layer.
-Allocation = Callable[[Sequence[Tensor], Tensor, Tensor, Shares], list[Tensor]]
+# Scores [B, Hkv, K] and candidates [B, Hkv, K] of each layer, extra [B] -> [B, Hkv] int64 of each.
+Allocation = Callable[[Sequence[Tensor], Tensor, Sequence[Tensor], Shares], list[Tensor]]
 
 
 def uniform(
-    scores: Sequence[Tensor], extra: Tensor, candidates: Tensor, shares: Shares
+    scores: Sequence[Tensor], extra: Tensor, candidates: Sequence[Tensor], shares: Shares
 ) -> list[Tensor]:
     """``extra`` entries for every head."""
-    return [extra[:, None].expand(-1, layer.shape[1]) for layer in scores]
+    each = [extra[:, None].expand(-1, layer.shape[1]) for layer in scores]
+    return [_capped(one, own.sum(-1)) for one, own in zip(each, candidates, strict=True)]
 
 
 def adakv(
-    scores: Sequence[Tensor], extra: Tensor, candidates: Tensor, shares: Shares
+    scores: Sequence[Tensor], extra: Tensor, candidates: Sequence[Tensor], shares: Shares
 ) -> list[Tensor]:
     """Within a layer, the heads whose entries score best get most (Ada-KV, arXiv 2407.11550).
 
@@ -55,15 +59,16 @@ def adakv(
     """
     floor = exact_share(shares.safeguard)
     budgets = []
-    for layer in scores:
-        count = _counts([layer], extra, candidates)
+    for layer, own in zip(scores, candidates, strict=True):
+        count = _counts([layer], extra, [own])
         quota = (floor.denominator - floor.numerator) * count + floor.numerator * extra[:, None]
-        budgets.append(_apportioned(quota, floor.denominator, extra * layer.shape[1]))
+        each = _apportioned(quota, floor.denominator, extra * layer.shape[1])
+        budgets.append(_capped(each, own.sum(-1)))
     return budgets
 
 
 def global_(
-    scores: Sequence[Tensor], extra: Tensor, candidates: Tensor, shares: Shares
+    scores: Sequence[Tensor], extra: Tensor, candidates: Sequence[Tensor], shares: Shares
 ) -> list[Tensor]:
     """One choice over all heads of all layers (LaProx, arXiv 2605.07234, section 4).
 
@@ -71,8 +76,8 @@ def global_(
     entries among the best.
     """
     normed = []
-    for layer in scores:
-        seen = layer.masked_fill(~candidates[:, None], 0.0)
+    for layer, own in zip(scores, candidates, strict=True):
+        seen = layer.masked_fill(~own, 0.0)
         # In float64: shares that are equal stay so, in whatever order a device adds.
         total = seen.sum((1, 2), keepdim=True, dtype=torch.float64).float()
         normed.append(seen / total.clamp(min=torch.finfo(torch.float32).tiny))
@@ -81,30 +86,32 @@ def global_(
 
 
 def pyramid(
-    scores: Sequence[Tensor], extra: Tensor, candidates: Tensor, shares: Shares
+    scores: Sequence[Tensor], extra: Tensor, candidates: Sequence[Tensor], shares: Shares
 ) -> list[Tensor]:
     """Fewer entries from layer to layer, linearly (PyramidKV, arXiv 2406.02069).
 
     The last layer gets ``extra / 20``, the first as much more than ``extra``; where that is more
     than there is, all of it, and the last one what then remains of twice ``extra``.
     """
-    layers, available = len(scores), candidates.sum(-1)
+    layers, heads = len(scores), scores[0].shape[1]
+    held = torch.stack([own.sum(-1) for own in candidates], 1)  # [B, L, Hkv]
+    available = held.amax(-1)
     if layers == 1:
         return uniform(scores, extra, candidates, shares)
     # All times 20 (L - 1), so that nothing is rounded before the remainders are compared.
     last = extra
     first = 2 * PYRAMID_BETA * extra - last
-    first = first.minimum(PYRAMID_BETA * available)
+    first = first.minimum(PYRAMID_BETA * available[:, 0])
     last = 2 * PYRAMID_BETA * extra - first
     steps = torch.arange(layers, device=extra.device)
     quota = first[:, None] * (layers - 1) - steps * (first - last)[:, None]  # [B, L]
     each = _apportioned(quota, PYRAMID_BETA * (layers - 1), extra * layers)
-    each = _capped(each, available)
-    return [each[:, i, None].expand(-1, layer.shape[1]) for i, layer in enumerate(scores)]
+    each = _capped(each, available).repeat_interleave(heads, 1)
+    return list(_capped(each, held.flatten(1)).split(heads, dim=1))
 
 
 def headkv(
-    scores: Sequence[Tensor], extra: Tensor, candidates: Tensor, shares: Shares
+    scores: Sequence[Tensor], extra: Tensor, candidates: Sequence[Tensor], shares: Shares
 ) -> list[Tensor]:
     """Fixed shares, measured beforehand, of a pool; the rest is a floor (HeadKV, arXiv 2410.19258).
 
@@ -122,11 +129,12 @@ def headkv(
     quota = (beta.numerator - beta.denominator) * whole + parts * number * beta.denominator
     quota = extra[:, None] * quota
     each = _apportioned(quota, beta.numerator * whole, extra * number)
-    return list(_capped(each, candidates.sum(-1)).split(heads, dim=1))
+    held = torch.cat([own.sum(-1) for own in candidates], 1)
+    return list(_capped(each, held).split(heads, dim=1))
 
 
 def cake(
-    scores: Sequence[Tensor], extra: Tensor, candidates: Tensor, shares: Shares
+    scores: Sequence[Tensor], extra: Tensor, candidates: Sequence[Tensor], shares: Shares
 ) -> list[Tensor]:
     """Layers share a pool by what they ask for (CAKE, arXiv 2503.12491), their heads alike.
 
@@ -140,7 +148,8 @@ def cake(
     parts = (asked / asked.sum(-1, keepdim=True) * 10**6).round().long()  # [B, L]
     quota = extra[:, None] * layers * parts
     each = _apportioned(quota, parts.sum(-1, keepdim=True), extra * layers)
-    each = _capped(each, candidates.sum(-1))
+    # Heads of one layer hold alike: what was cut by this allocation is not cut again.
+    each = _capped(each, torch.stack([own[:, 0].sum(-1) for own in candidates], 1))
     return [each[:, i, None].expand(-1, layer.shape[1]) for i, layer in enumerate(scores)]
 
 
@@ -154,7 +163,7 @@ ALLOCATIONS: dict[str, Allocation] = {
 }
 
 
-def _counts(scores: Sequence[Tensor], extra: Tensor, candidates: Tensor) -> Tensor:
+def _counts(scores: Sequence[Tensor], extra: Tensor, candidates: Sequence[Tensor]) -> Tensor:
     """How many of the best ``extra * heads`` candidates of a row each head has, ``[B, heads]``.
 
     Of equal scores the later position comes first, then the later head.
@@ -163,7 +172,7 @@ def _counts(scores: Sequence[Tensor], extra: Tensor, candidates: Tensor) -> Tens
     batch, kv_len, heads = together.shape
     flat = together.reshape(batch, -1)
     order = torch.arange(kv_len * heads, device=flat.device)
-    real = candidates[:, :, None].expand(-1, -1, heads).reshape(batch, -1)
+    real = torch.cat(list(candidates), dim=1).mT.reshape(batch, -1)
     keys = sort_keys(flat, torch.zeros_like(real), real, order)
     chosen = best(keys, extra * heads)
     return chosen.view(batch, kv_len, heads).sum(1)
@@ -181,10 +190,10 @@ def _apportioned(quota: Tensor, denominator: Tensor | int, total: Tensor) -> Ten
 
 
 def _capped(budgets: Tensor, most: Tensor) -> Tensor:
-    """``budgets`` ``[B, N]``, at most ``most`` ``[B]``; the excess goes to the largest others."""
-    held = budgets.minimum(most[:, None])
+    """``budgets``, at most ``most``, both ``[B, N]``; the excess goes to the largest others."""
+    held = budgets.minimum(most)
     excess = (budgets - held).sum(-1, keepdim=True)
     order = held.argsort(dim=-1, descending=True, stable=True)
-    room = (most[:, None] - held).gather(-1, order)
+    room = (most - held).gather(-1, order)
     given = (excess - (room.cumsum(-1) - room)).clamp(min=0).minimum(room)
     return held.scatter_add(-1, order, given)

@@ -16,6 +16,7 @@ from ..kernels.layer_preference import layer_preference
 from ..kernels.projected_norm import UnmadeNorm, projected_norms
 from ..kernels.window_attention import cross_attention, window_attention, window_of
 from ..registry import METHODS
+from ..sizes import number_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,6 +150,18 @@ class ScoreInputs:
                 f"without reads_projection=True"
             )
         return with_adapters(self.o_proj_weight, self.in_out, self.adapters)
+
+
+def real_columns(padding: Tensor | None, gap: Tensor | None, kv_len: Any) -> Tensor | None:
+    """The columns of a mask ``[B, ..]`` that are of the ``kv_len`` entries held, as bool.
+
+    Args:
+        gap: counts the columns before them, of tokens that an eviction has taken.
+    """
+    if padding is None:
+        return None
+    real = padding.bool()
+    return real if gap is None else real.narrow(1, number_of(gap), kv_len)
 
 
 def scores_of(name: str, inputs: ScoreInputs) -> Scores:

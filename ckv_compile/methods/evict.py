@@ -14,8 +14,7 @@ from ..kernels.compact import compact
 from ..kernels.select import select
 from ..kernels.window_attention import with_heads
 from ..registry import identity_of
-from ..sizes import number_of
-from .base import ScoreInputs, scores_of
+from .base import ScoreInputs, real_columns, scores_of
 
 
 class EvictKV(nn.Module):
@@ -81,9 +80,7 @@ class EvictKV(nn.Module):
             budget = self.config.entries(kv_len, CacheBytes(key.shape[0] * self.row_bytes))
         else:
             budget = torch.sym_min(capacity.shape[0], kv_len)
-        real = None if padding is None else padding.bool()
-        if real is not None and gap is not None:
-            real = real.narrow(1, number_of(gap), kv_len)
+        real = real_columns(padding, gap, kv_len)
         inputs = ScoreInputs(
             query,
             key,
@@ -126,7 +123,7 @@ class EvictKV(nn.Module):
         counted = f"{config.budget}, row_bytes={self.row_bytes}"
         budget = counted if self.from_config else "an input of the graph"
         return (
-            f"{_scored_by(config, self.in_out)}, budget={budget}, "
+            f"{scored_by(config, self.in_out)}, budget={budget}, "
             f"first_stage_ratio={config.first_stage_ratio}, epsilon={config.epsilon}, "
             f"cross={self.cross}"
         )
@@ -147,6 +144,7 @@ class ScoreKV(nn.Module):
         o_proj_weight: Tensor | None,
         scale: Any = None,
         padding: Tensor | None = None,
+        gap: Tensor | None = None,
         adapters: Adapters = (),
         expected: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
@@ -154,7 +152,7 @@ class ScoreKV(nn.Module):
 
         Last, if the allocation weighs layers, what this one asks for, ``[B]``.
         """
-        real = None if padding is None else padding.bool()
+        real = real_columns(padding, gap, key.shape[2])
         operands = (query, key, value, o_proj_weight, self.in_out, scale, None)
         inputs = ScoreInputs(*operands, self.config, real, adapters=adapters, expected=expected)
         scores = scores_of(self.config.method, inputs)
@@ -165,10 +163,10 @@ class ScoreKV(nn.Module):
     def extra_repr(self) -> str:
         """All that the body depends on; the compile cache is keyed by it."""
         weighs = self.config.weighs_layers
-        return f"{_scored_by(self.config, self.in_out)}, weighs_layers={weighs}"
+        return f"{scored_by(self.config, self.in_out)}, weighs_layers={weighs}"
 
 
-def _scored_by(config: EvictionConfig, in_out: bool) -> str:
+def scored_by(config: EvictionConfig, in_out: bool) -> str:
     """All that scores depend on."""
     return (
         f"method={identity_of(config.method)}, base={identity_of(config.base)}, "

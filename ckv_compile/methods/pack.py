@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import torch
@@ -12,6 +13,7 @@ from ..config import EvictionConfig
 from ..kernels.select import best, in_window, sort_keys
 from ..sizes import TAIL, number_of
 from .allocation import ALLOCATIONS, Shares
+from .base import real_columns
 
 
 class PackKV(nn.Module):
@@ -33,14 +35,19 @@ class PackKV(nn.Module):
         total: Tensor,
         padding: Tensor | None = None,
         row_budgets: Tensor | None = None,
+        gap: Tensor | None = None,
+        before: tuple[tuple[Tensor, ...], ...] = ((), (), (), (), ()),
         preferences: tuple[Tensor, ...] = (),
     ) -> tuple[Tensor, ...]:
         """Of each layer ``[B, Hkv, K, *]`` and its scores ``[B, Hkv, K]``; no norms if none asks.
 
         Args:
-            capacity: as long as the budget per head, ``row_budgets`` ``[B]`` those of the rows
-                that ``padding`` ``[B, K]`` pads.
+            capacity: as long as the budget per head, ``row_budgets`` ``[B]`` those of the rows,
+                where they differ. ``padding`` ``[B, K]`` is false at pads; with ``gap`` its first
+                columns, as many as that counts, are of tokens that an earlier cut has taken.
             total: of all rows' budgets together what is packed, see ``sized``.
+            before: of each layer what an earlier cut has packed, which stands before K and V: keys
+                and values ``[T, *]``, where the heads begin, and the scores and norms ``[T]``.
             preferences: ``[B]`` of each layer, for the allocation that weighs layers.
 
         Returns:
@@ -48,18 +55,22 @@ class PackKV(nn.Module):
             int32, row by row, and its last tokens apart, ``[B, Hkv, 2, *]`` of K and of V.
         """
         config = self.config
-        real = None if padding is None else padding.bool()
+        real = real_columns(padding, gap, keys[0].shape[2])
         share = exact_share(config.first_stage_ratio)
         scores = config.head_scores
+        # What is packed already may be more than the tail that is read with it.
+        most = capacity.shape[0]
+        budget = most if before[0] else torch.sym_min(most, keys[0].shape[2])
         key, value, starts = torch.ops.ckv_compile.pack(
             list(keys),
             list(values),
             list(bases),
             list(norms),
-            torch.sym_min(capacity.shape[0], keys[0].shape[2]),
+            budget,
             number_of(total) * sum(key.shape[1] for key in keys),
             real,
             row_budgets,
+            *(list(part) for part in before),
             config.window_size,
             [share.numerator, share.denominator],
             config.epsilon,
@@ -74,7 +85,7 @@ class PackKV(nn.Module):
         for i, (n, end) in enumerate(zip(heads, ends, strict=True)):
             # Cloned: a view of it would keep the lengths of all layers.
             layers.append(starts[end - n : end + 1].clone())
-            layers += [_tail(keys[i], real), _tail(values[i], real)]
+            layers += [tail_of(keys[i], real), tail_of(values[i], real)]
         return key, value, *layers
 
     def extra_repr(self) -> str:
@@ -91,7 +102,7 @@ def head_budgets(
     bases: Sequence[Tensor],
     row_budgets: Tensor,
     window_size: int,
-    real: Tensor,
+    real: Tensor | Sequence[Tensor],
     allocation: str,
     shares: Shares,
 ) -> list[Tensor]:
@@ -100,11 +111,16 @@ def head_budgets(
     Args:
         bases: base scores ``[B, Hkv, K]`` of each layer.
         row_budgets: ``[B]`` entries per head if all had the same.
-        real: ``[B, K]`` bool, False at pads.
+        real: ``[B, K]`` bool, False at pads; or ``[B, Hkv, K]`` of each layer, whose heads hold
+            different entries.
     """
-    window = in_window(real, window_size)
-    held = window.sum(-1).minimum(row_budgets)
-    extra = ALLOCATIONS[allocation](bases, row_budgets - held, real & ~window, shares)
+    if isinstance(real, Tensor):
+        real = [real[:, None].expand(base.shape) for base in bases]
+    # A head that an earlier cut left with less than a window says how long it is.
+    least = torch.stack([own.sum(-1).amin(-1) for own in real]).amin(0)
+    held = least.clamp(max=window_size).minimum(row_budgets)
+    candidates = [own & ~in_window(own, held[:, None, None]) for own in real]
+    extra = ALLOCATIONS[allocation](bases, row_budgets - held, candidates, shares)
     return [layer + held[:, None] for layer in extra]
 
 
@@ -120,10 +136,11 @@ def keep_mask(
     """What stays, ``[B, Hkv, K]`` bool: :func:`ckv_compile.kernels.select.select` by heads.
 
     Args:
-        budgets: ``[B, Hkv]`` entries that each head keeps, at most the real ones of its row.
+        budgets: ``[B, Hkv]`` entries that each head keeps, at most its real ones.
+        real: ``[B, Hkv, K]`` bool.
     """
     positions = torch.arange(base.shape[2], device=base.device)
-    kept, real = in_window(real, window_size)[:, None], real[:, None]
+    kept = in_window(real, window_size)
     scores = base
     if norm is not None:
         first = (ratio[0] * budgets // ratio[1]).maximum(kept.sum(-1)).minimum(budgets)
@@ -132,7 +149,7 @@ def keep_mask(
     return best(sort_keys(scores, kept, real, positions), budgets)
 
 
-def _tail(cache: Tensor, real: Tensor | None) -> Tensor:
+def tail_of(cache: Tensor, real: Tensor | None) -> Tensor:
     """The last real entries of each row of ``[B, Hkv, K, D]``, ``[B, Hkv, 2, D]``."""
     if real is None:
         return cache[:, :, -TAIL:].clone()
@@ -140,6 +157,55 @@ def _tail(cache: Tensor, real: Tensor | None) -> Tensor:
     last = torch.where(real, columns, -1).topk(TAIL, dim=-1).values.flip(-1)  # [B, 2]
     index = last[:, None, :, None].expand(*cache.shape[:2], TAIL, cache.shape[3])
     return cache.gather(2, index)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Columns:
+    """Where the packed entries of one layer stand in a table ``[B, Hkv, P]`` of all of them.
+
+    They end where the tail begins, so that a column of the tail is the same token in every head.
+    """
+
+    at: Tensor  # [B, Hkv, P] int64, places in the store; 0 where there is no entry
+    real: Tensor  # [B, Hkv, P] bool
+
+    def beside(self, packed: Tensor, tail: Tensor) -> Tensor:
+        """``packed`` ``[T]`` before ``tail`` ``[B, Hkv, t]``: ``[B, Hkv, P + t]``."""
+        before = tail.new_zeros(self.at.shape)
+        before[self.real] = packed[self.at[self.real]]
+        return torch.cat([before, tail], dim=-1)
+
+
+def _columns(starts: Sequence[Tensor], batch: int) -> list[_Columns]:
+    """Of each layer, whose heads begin at ``starts`` ``[B*Hkv + 1]``."""
+    lengths = [each.diff().view(batch, -1, 1) for each in starts]
+    width = max((int(each.max()) for each in lengths), default=0)
+    columns = []
+    for begin, length in zip(starts, lengths, strict=True):
+        column = torch.arange(width, device=begin.device) - (width - length)
+        real = column >= 0
+        at = (begin[:-1].view(batch, -1, 1) + column).long().masked_fill(~real, 0)
+        columns.append(_Columns(at, real))
+    return columns
+
+
+def _copied(
+    to: Tensor,
+    mask: Tensor,
+    tail: Tensor,
+    packed: Sequence[Tensor],
+    columns: Sequence[_Columns],
+    layer: int,
+) -> None:
+    """Fill ``to`` ``[N, D]`` with the N entries at ``mask`` ``[B, Hkv, P + t]``, head by head."""
+    rows, heads, places = mask.nonzero(as_tuple=True)
+    if not columns:
+        to.copy_(tail[rows, heads, places])
+        return
+    at = columns[layer].at
+    old, new = places < at.shape[2], places >= at.shape[2]
+    to[old] = packed[layer][at[rows[old], heads[old], places[old]]]
+    to[new] = tail[rows[new], heads[new], places[new] - at.shape[2]]
 
 
 # Opaque to the compiler: how many entries a head keeps is known only when it runs, and what is
@@ -154,6 +220,11 @@ def _pack(
     entries: int,
     real: Tensor | None,
     row_budgets: Tensor | None,
+    packed_keys: list[Tensor],
+    packed_values: list[Tensor],
+    starts: list[Tensor],
+    packed_bases: list[Tensor],
+    packed_norms: list[Tensor],
     window_size: int,
     ratio: list[int],
     epsilon: float,
@@ -170,21 +241,29 @@ def _pack(
     measured = None if head_scores is None else tuple(head_scores)
     shares = Shares(safeguard, measured, preferences)
     window_size = max(window_size, TAIL)
-    tail = in_window(real, TAIL)[:, None]
-    budgets = head_budgets(bases, row_budgets, window_size, real, allocation, shares)
+    reals = [real[:, None].expand(base.shape) for base in bases]
+    columns, bases, norms = _columns(starts, batch), list(bases), list(norms)
+    for i, layer in enumerate(columns):
+        bases[i] = layer.beside(packed_bases[i], bases[i])
+        reals[i] = torch.cat([layer.real, reals[i]], dim=-1)
+        if norms:
+            norms[i] = layer.beside(packed_norms[i], norms[i])
+    budgets = head_budgets(bases, row_budgets, window_size, reals, allocation, shares)
+    counts = [int((layer - TAIL).sum()) for layer in budgets]
+    if sum(counts) != entries:
+        raise RuntimeError(
+            f"{allocation} kept {sum(counts)} entries of a budget of {entries}; heads that another "
+            f"allocation has cut may not hold what this one wants"
+        )
     key = keys[0].new_empty(entries, keys[0].shape[3])
     value = values[0].new_empty(entries, values[0].shape[3])
-    begin = 0
+    own_keys, own_values = key.split(counts), value.split(counts)
     for i, base in enumerate(bases):
-        norm = norms[i] if norms else None
-        mask = keep_mask(base, norm, budgets[i], window_size, ratio, epsilon, real) & ~tail
-        rows, heads, places = mask.nonzero(as_tuple=True)
-        end = begin + len(places)
-        key[begin:end] = keys[i][rows, heads, places]
-        value[begin:end] = values[i][rows, heads, places]
-        begin = end
-    if begin != entries:
-        raise RuntimeError(f"{allocation} kept {begin} entries of a budget of {entries}")
+        norm, own = norms[i] if norms else None, reals[i]
+        mask = keep_mask(base, norm, budgets[i], window_size, ratio, epsilon, own)
+        mask &= ~in_window(own, TAIL)
+        _copied(own_keys[i], mask, keys[i], packed_keys, columns, i)
+        _copied(own_values[i], mask, values[i], packed_values, columns, i)
     lengths = (torch.cat([layer.flatten() for layer in budgets]) - TAIL).cumsum(0)
     return key, value, torch.cat([lengths.new_zeros(1), lengths]).int()
 

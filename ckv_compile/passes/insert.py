@@ -12,6 +12,7 @@ from torch.fx import GraphModule, Node
 
 from ..config import EvictionConfig
 from ..methods.evict import EvictKV
+from ..methods.fastgen import FastGen
 from ..methods.pack import PackKV
 from ..site import AttentionSite, Phase, Reason, Rejection
 from ..sizes import number_of
@@ -107,11 +108,13 @@ class Inserted:
 
     site: AttentionSite
     node: Node
-    module: EvictKV | PackKV
+    module: EvictKV | PackKV | FastGen
     # What is kept per head, on average where heads differ.
     entries: Any
     # Which output of the graph is which of the node's.
     outputs: dict[int, int]
+    # What stood packed before the site's keys, on average.
+    before: Any = 0
 
 
 def take_capacity(gm: GraphModule) -> Capacity | None:

@@ -1,7 +1,8 @@
 """Cut layers to heads of different lengths, in packed form; all layers of a graph or none.
 
-A cache of ours asks for it in a prefill, by a marker beside each attention, and by another one says
-in later calls that packed entries stand before the tail that it shows (see ``attend``).
+A cache of ours asks for it, by a marker beside each attention, and by another one says in later
+calls that packed entries stand before the tail that it shows (see ``attend``). Both are there where
+what is packed is cut again, with the tokens since.
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ from torch.fx import GraphModule, Node
 from ..config import EvictionConfig
 from ..methods.evict import ScoreKV
 from ..methods.pack import PackKV
+from ..methods.ragged import ScorePacked
 from ..site import AttentionSite, Reason, Rejection
 from . import vocabulary as vocab
-from .insert import Capacity, Inserted, repoint
+from .insert import Capacity, Inserted, phase_of, repoint
 from .projections import insert_weight
 
 # These choose within a layer, so that it can be cut as soon as it has been read.
@@ -78,21 +80,23 @@ def take_packed(gm: GraphModule) -> dict[Node, Wanted]:
 def without_unpacked(
     sites: Sequence[AttentionSite],
     rejections: Sequence[Rejection],
-    wanted: dict[Node, Wanted],
+    wanted: Mapping[Node, object],
     config: EvictionConfig,
+    capacity: Capacity | None,
 ) -> tuple[tuple[AttentionSite, ...], tuple[Rejection, ...]]:
     """Reject what cannot be packed, and with one layer of a cache all: a mask must fit them all."""
     if not config.packs:
         return tuple(sites), tuple(rejections)
-    cut = [site for site in sites if site.phase == "prefill"]
+    phase = phase_of(capacity)
+    cut = [site for site in sites if site.phase == phase]
     wrong = {site.index: _unpackable(site, wanted) for site in cut}
     first = next((detail for detail in wrong.values() if detail), "")
     unread = len(wanted) - sum(site.cache_key in wanted for site in cut)
     if unread and not first:
         first = f"{unread} layers of the same cache are left alone"
-    if config.allocation not in _BY_LAYER and not first:
+    if config.allocation not in (*_BY_LAYER, "uniform") and not first:
         first = unlike(cut)
-    left = [site for site in sites if site.phase != "prefill" or not first]
+    left = [site for site in sites if site.phase != phase or not first]
     if first:
         for site in cut:
             detail = wrong[site.index] or first
@@ -101,7 +105,7 @@ def without_unpacked(
     return tuple(again), tuple(rejections)
 
 
-def _unpackable(site: AttentionSite, wanted: dict[Node, Wanted]) -> str:
+def _unpackable(site: AttentionSite, wanted: Mapping[Node, object]) -> str:
     """Why later calls could not read the site's entries in packed form; "" if they could."""
     if site.cache_key not in wanted:
         return f"{site.cache_key.name} is kept by a cache that takes no packed entries"
@@ -133,6 +137,8 @@ def insert_packing(
     config: EvictionConfig,
     capacity: Capacity | None,
     wanted: dict[Node, Wanted],
+    prefixes: Mapping[Node, tuple[Node, Node, Node]],
+    recent: Mapping[int, Node],
     expected: Mapping[Node, Node] | None = None,
 ) -> tuple[Inserted, ...]:
     """Score each site, pack layers together, and give the cache what is left.
@@ -140,16 +146,28 @@ def insert_packing(
     before: ``k, v -> sdpa``; the graph returns ``k, v`` and three empty tensors
     after:  ``k, v -> sdpa``, ``s = ckv_score_i(q, k, v, W_O)``, and behind the last of a group
             ``K, V, cu, k', v', .. = ckv_pack_j(ks, vs, ss)``, which it returns; k' is two tokens
+
+    Args:
+        prefixes: what is packed already, before each layer's keys.
+        recent: the last queries by site, for a call of a single token.
     """
-    cut = [site for site in sites if site.phase == "prefill" and site.cache_key in wanted]
+    phase = phase_of(capacity)
+    cut = [site for site in sites if site.phase == phase and site.cache_key in wanted]
+    if phase == "decode":
+        cut = [site for site in cut if site.index in recent]
     done = any(isinstance(module, PackKV) for module in gm.modules())
-    if done or not cut or capacity is None or capacity.gap is not None or not capacity.fits(cut[0]):
+    if done or not cut or capacity is None or not capacity.fits(cut[0]):
         return ()
     by_layer = config.allocation in _BY_LAYER
     groups = [[site] for site in cut] if by_layer else [cut]
     inserted: list[Inserted] = []
     for number, group in enumerate(groups):
-        inserted += _pack(gm, f"ckv_pack_{number}", group, config, capacity, wanted, expected or {})
+        before = [prefixes[site.cache_key] for site in group if site.cache_key in prefixes]
+        scores = [
+            _score(gm, site, config, capacity, prefixes, recent, (expected or {}).get(site.sdpa))
+            for site in group
+        ]
+        inserted += _pack(gm, f"ckv_pack_{number}", group, scores, config, capacity, wanted, before)
     gm.graph.lint()
     gm.recompile()
     return tuple(inserted)
@@ -159,13 +177,13 @@ def _pack(
     gm: GraphModule,
     name: str,
     group: Sequence[AttentionSite],
+    scores: Sequence[Node],
     config: EvictionConfig,
     capacity: Capacity,
     wanted: dict[Node, Wanted],
-    expected: Mapping[Node, Node],
+    before: Sequence[tuple[Node, Node, Node]],
 ) -> list[Inserted]:
     graph = gm.graph
-    scores = [_score(gm, site, config, expected.get(site.sdpa)) for site in group]
     width = len(vocab.value_of(scores[0]))
     last, kwargs = scores[-1], {}
     with graph.inserting_after(last):
@@ -177,23 +195,24 @@ def _pack(
         for i in range(width):
             parts.append(tuple(_part(graph, score, i, group[0]) for score in scores))
     if config.weighs_layers:
-        kwargs["preferences"] = parts[-1]
-        width -= 1
+        kwargs["preferences"] = parts.pop()
     args: tuple[Any, ...] = (
         tuple(site.cache_key for site in group),
         tuple(site.cache_value for site in group),
-        parts[0],
-        parts[1] if width > 1 else (),
+        *_paired(parts[:: 2 if before else 1]),
         capacity.node,
         wanted[group[0].cache_key].total,
     )
-    padded = group[0].padding is not None
-    node.args = (*args, *((group[0].padding, capacity.row_budgets) if padded else ()))
+    node.args = (*args, group[0].padding, capacity.row_budgets, capacity.gap)
+    if before:
+        packed = tuple(zip(*before, strict=True))
+        node.args = (*node.args, (*packed, *_paired(parts[1::2])))
     node.kwargs = kwargs
     vocab.annotate(node, module, like=group[0].sdpa)
     inserted = []
     # The capacity's size is the budget; shared out, the total is the same.
     entries = vocab.value_of(capacity.node).shape[0]
+    held = _per_head(before, group)
     for i, site in enumerate(group):
         # The packed K and V and the heads' beginnings; then the tails of K and V.
         first = 2 + 3 * i
@@ -206,22 +225,45 @@ def _pack(
         for part in nodes.values():
             vocab.annotate(part, operator.getitem, like=site.sdpa)
         repoint(gm, {position: nodes[place] for position, place in outputs.items()})
-        inserted.append(Inserted(site, node, module, entries, outputs))
+        inserted.append(Inserted(site, node, module, entries, outputs, held))
     return inserted
 
 
+def _paired(parts: Sequence[tuple[Node, ...]]) -> tuple[tuple[Node, ...], tuple[Node, ...]]:
+    """Scores and norms, of which there may be none."""
+    return parts[0], parts[1] if len(parts) > 1 else ()
+
+
+def _per_head(before: Sequence[tuple[Node, Node, Node]], group: Sequence[AttentionSite]) -> Any:
+    """Packed entries per head, on average."""
+    stores = {key: vocab.value_of(key).shape[0] for key, _, _ in before}
+    heads = sum(site.num_key_value_heads for site in group) * group[0].batch_size
+    return sum(stores.values()) // heads if stores else 0
+
+
 def _score(
-    gm: GraphModule, site: AttentionSite, config: EvictionConfig, expected: Node | None
+    gm: GraphModule,
+    site: AttentionSite,
+    config: EvictionConfig,
+    capacity: Capacity,
+    prefixes: Mapping[Node, tuple[Node, Node, Node]],
+    recent: Mapping[int, Node],
+    expected: Node | None,
 ) -> Node:
     graph = gm.graph
     projection = site.projection if config.reads_projection else None
-    module = ScoreKV(config, projection is not None and projection.matrix.in_out)
+    before = prefixes.get(site.cache_key, ())
+    module = (ScorePacked if before else ScoreKV)(
+        config, projection is not None and projection.matrix.in_out
+    )
     name = f"ckv_score_{site.index}"
     gm.add_submodule(name, module)
+    query = recent[site.index] if site.phase == "decode" else site.query
     end = site.sdpa if projection is None else projection.node
     with graph.inserting_before(end.next):
         weight, adapters = insert_weight(graph, projection) if projection else (None, ())
-        args = (site.query, site.cache_key, site.cache_value, weight, site.scale, site.padding)
+        operands = (query, *before, site.cache_key, site.cache_value, weight)
+        args = (*operands, site.scale, site.padding, capacity.gap)
         kwargs: dict[str, Any] = {"adapters": adapters} if adapters else {}
         if expected is not None:
             kwargs["expected"] = expected

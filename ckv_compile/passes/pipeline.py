@@ -12,6 +12,7 @@ from . import vocabulary as vocab
 from .attend import attend_packed, take_prefixes
 from .bias import place_biases
 from .einsum import spell_out_einsums
+from .fastgen import insert_policies, take_profiled
 from .fold import fold_groups
 from .insert import Inserted, insert_eviction, phase_of, take_capacity, without_uncounted
 from .match import match_sites
@@ -65,14 +66,16 @@ def rewrite(
         sites, rejections = without_counting_caches(sites, rejections)
     if config.reads_rotation:
         sites, rejections = without_unread(gm, sites, rejections, phase_of(capacity))
-    wanted = take_packed(gm)
-    sites, rejections = without_unpacked(sites, rejections, wanted, config)
-    recent = keep_queries(gm, sites, config.window_size)
+    wanted, profiled = take_packed(gm), take_profiled(gm)
+    both = {**wanted, **profiled}
+    sites, rejections = without_unpacked(sites, rejections, both, config, capacity)
+    recent = keep_queries(gm, sites, config.queries_kept)
     turns = config.reads_rotation
     expected = turn_queries(gm, sites, phase_of(capacity)) if turns else {}
     before = vocab.outputs_of(gm)
     # What is packed is cut; the other pass finds it done.
-    packed = insert_packing(gm, sites, config, capacity, wanted, expected)
+    packed = insert_packing(gm, sites, config, capacity, wanted, prefixes, recent, expected)
+    packed += insert_policies(gm, sites, config, capacity, profiled, recent)
     done = {one.site.index for one in packed}
     rest = [site for site in sites if site.index not in done]
     inserted = (*packed, *insert_eviction(gm, rest, config, capacity, recent, expected))

@@ -95,7 +95,7 @@ def test_packed_entries_are_the_references(drawn, allocation, ratio, dtype):
     expected = (kept[0][packed], kept[1][packed], kept[2] - TAIL * heads)
     entries = (int(row_budgets.sum()) - TAIL * len(real)) * sum(base.shape[1] for base in bases)
     got = torch.ops.ckv_compile.pack(
-        keys, values, bases, norms, int(row_budgets.max()), entries, real, row_budgets,
+        keys, values, bases, norms, int(row_budgets.max()), entries, real, row_budgets, *[[]] * 5,
         window, [round(2 * ratio), 2], 1e-4, allocation, 0.2, table, asked,
     )  # fmt: skip
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))

@@ -15,7 +15,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from ckv_compile.kernels import attention_rows, pooling, projected_norm, reference
 
-REDUCTIONS = ["mean", "l2", "max", "drop"]
+REDUCTIONS = ["sum", "mean", "l2", "max", "drop"]
 LENGTHS = st.integers(1, 24) | st.sampled_from([33, 63, 127])
 
 
@@ -46,7 +46,7 @@ def options(draw: st.DrawFn, site: dict[str, Any]) -> dict[str, Any]:
     site(LENGTHS),
     st.data(),
     st.sampled_from(REDUCTIONS),
-    st.sampled_from([1, 4, 32]),
+    st.sampled_from([0, 1, 4, 32]),
     st.sampled_from([1, 4, None]),
     st.sampled_from([1, 5]),
 )
