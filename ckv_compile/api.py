@@ -217,5 +217,6 @@ def _optimized(model: nn.Module) -> OptimizedForward | None:
 def _same_code(previous: OptimizedForward, config: EvictionConfig) -> bool:
     """Whether ``config`` can run on what was compiled: only what no graph holds differs."""
     now = previous.config
-    same = dataclasses.replace(config, budget=now.budget, later_turns=now.later_turns) == now
+    held = [f.name for f in dataclasses.fields(config) if f.name not in ("budget", "later_turns")]
+    same = all(getattr(config, name) == getattr(now, name) for name in held)
     return same and not previous.region.bakes_budget

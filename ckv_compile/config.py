@@ -193,7 +193,8 @@ class EvictionConfig:
                     f"{name}={getattr(self, name)!r} with method='fastgen', whose policies say "
                     f"what each head keeps; it takes {only!r}"
                 )
-        if self.budget not in (0.2, Budget(0.2), Budget(1.0)):
+        given = self.budget if isinstance(self.budget, Budget) else Budget(self.budget)
+        if given not in (Budget(0.2), Budget(1.0)):  # the default, and what stands for none
             raise ValueError(
                 f"budget={self.budget!r} with method='fastgen', which takes none: recovery= says "
                 f"how much attention each head is to keep"
@@ -275,7 +276,7 @@ class EvictionConfig:
     @property
     def cuts_packed(self) -> bool:
         """Whether heads that hold different entries can be cut again."""
-        if self.chooses_policies or self.weighs_layers:
+        if self.chooses_policies or self.weighs_layers or self.reads_rotation:
             return False
         names = (self.method, self.base) if self.method == "criticalkv" else (self.method,)
         return all(METHODS[name].by_head for name in names)

@@ -35,6 +35,10 @@ def why_whole(config: EvictionConfig, cache: Any) -> str:
         return ""
     if config.chooses_policies:
         return "policies are chosen on its first piece, and applied again as tokens follow"
+    if config.weighs_layers:
+        return "allocation='cake' weighs layers by the attention of its first piece"
+    if config.reads_rotation:
+        return f"{config.scored_by} reads the rotation of a prompt's first piece"
     if config.packs and not cache_room().has_policies(cache):
         return (
             f"{config.scored_by} looks at several heads at once, which now hold different entries"

@@ -30,6 +30,13 @@ class TokenKinds:
     special: tuple[int, ...]
     punctuation: tuple[int, ...] = ()
 
+    def __post_init__(self) -> None:
+        for name in ("special", "punctuation"):
+            ids = tuple(getattr(self, name))
+            if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in ids):
+                raise ValueError(f"{name}={ids!r}; it takes token ids, ints >= 0")
+            object.__setattr__(self, name, ids)
+
     def __repr__(self) -> str:
         # Thousands of ids; a hash of them tells two tables apart.
         digest = hashlib.sha256(repr((self.special, self.punctuation)).encode()).hexdigest()[:12]

@@ -67,6 +67,8 @@ def register_method(
         reads_rotation: whether it asks the inputs for expected queries.
         by_head: whether it looks at each KV head, and the query heads of its group, alone. Only
             then can it cut again what an allocation has left: heads that hold different entries.
+            It then sees of the config what names scores (method, base, window_size, kernel_size,
+            norm, lowering); the other fields have their defaults.
 
     Raises:
         TypeError, ValueError: naming the argument and what it takes.

@@ -218,3 +218,16 @@ def test_options_are_checked():
         ckv_compile.optimize(model, 0.5, tokenizer=KINDS)
     with pytest.raises(ValueError, match="has a policy"):
         ckv_compile.policies(DynamicCache())
+
+
+def test_a_model_changes_from_a_budget_to_policies_and_back():
+    """Seen: an error about a mixture of two configs that nobody had asked for."""
+    model = small()
+    kinds = TokenKinds(special=[1], punctuation=[2])
+    assert kinds == TokenKinds((1,), (2,)) and hash(kinds)
+    for options in ({"budget": 0.5}, {"later_turns": "evict"}, {"budget": 40, "window_size": 8}):
+        ckv_compile.optimize(model, **options, lowering="eager")
+        ckv_compile.optimize(model, method="fastgen", token_kinds=kinds, lowering="eager")
+    ckv_compile.optimize(model, budget=0.5, window_size=64, lowering="eager")
+    with pytest.raises(ValueError, match="ints >= 0"):
+        TokenKinds((-1,))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import weakref
 
 import torch
@@ -105,6 +106,13 @@ def projected_norms(
     return torch.stack(norms, 2).flatten(1, 2)
 
 
+def mean_of_groups(each: Tensor, kv_heads: int) -> Tensor:
+    """``[B, H, K]`` to ``[B, Hkv, K]``: head by head, for a library's sum of few rows may add those
+    of one column in another order than those of the next, and equal norms would differ."""
+    members = each.unflatten(1, (kv_heads, -1)).unbind(2)
+    return functools.reduce(torch.add, members) / len(members)
+
+
 def _per_head(weight: Tensor, in_out: bool, heads: int) -> Tensor:
     """``W_O`` as ``[H, Dv, E]``, a view."""
     if in_out:
@@ -128,7 +136,8 @@ def _gram(weight: Tensor, in_out: bool, heads: int) -> Tensor:
     # write through `.data` (an adapter being merged) leaves the version as it was, so a sample of
     # the numbers is compared as well.
     if weight.is_inference():  # has no version
-        return gram_of(weight, in_out, heads)
+        with torch.autocast(weight.device.type, enabled=False):
+            return gram_of(weight, in_out, heads)
     state = (weight._version, weight.data_ptr(), weight.stride(), in_out, heads)
     flat = weight.detach().reshape(-1)
     sample = flat[:: max(flat.numel() // 1024, 1)].clone()
@@ -136,7 +145,9 @@ def _gram(weight: Tensor, in_out: bool, heads: int) -> Tensor:
     known = held is not None and held[0]() is weight and held[1] == state
     if held is not None and known and torch.equal(held[2], sample):
         return held[3].clone()
-    gram = gram_of(weight.detach(), in_out, heads)
+    # The caller's autocast would round it, and it is kept.
+    with torch.autocast(weight.device.type, enabled=False):
+        gram = gram_of(weight.detach(), in_out, heads)
     key = id(weight)
     gone = weakref.ref(weight, lambda _: _GRAMS.pop(key, None))
     _GRAMS[key] = (gone, state, sample, gram)
@@ -155,13 +166,21 @@ def _projected_norm(
 ) -> Tensor:
     # An op of ours, opaque to the compiler: Inductor does not fuse a reduction into a product and
     # would write the whole [B, H, K, E] to memory first. Here only a block of it ever exists.
-    batch, kv_heads, kv_len, _ = value.shape
-    groups, width = heads // kv_heads, weight.shape[1 if in_out else 0]
+    kv_heads = value.shape[1]
     if value.device.type == "cpu" and cpu.takes(value, weight):
         each = cpu.norms(value, weight, in_out, heads, quadratic)
         # Rounding may leave a tiny negative number where the norm is zero.
         each = each.clamp_(min=0).sqrt_() if quadratic else each
-        return each.view(batch, kv_heads, groups, kv_len).mean(2)
+        return mean_of_groups(each, kv_heads)
+    with torch.autocast(value.device.type, enabled=False):
+        return _by_library_calls(value, weight, in_out, heads, quadratic)
+
+
+def _by_library_calls(
+    value: Tensor, weight: Tensor, in_out: bool, heads: int, quadratic: bool
+) -> Tensor:
+    batch, kv_heads, kv_len, _ = value.shape
+    groups, width = heads // kv_heads, weight.shape[1 if in_out else 0]
     norms = torch.zeros(batch, kv_heads, kv_len, dtype=torch.float32, device=value.device)
     per_head = _per_head(weight, in_out, heads)
     buffer = torch.empty(_ROWS * min(width, _COLUMNS), dtype=torch.float32, device=value.device)
@@ -194,10 +213,12 @@ def upper_bounds(value: Tensor, weight: Tensor, in_out: bool, heads: int) -> Ten
     squared = cpu.norms(value, gram, True, heads, True).view(batch, kv_heads, groups, kv_len)
     rounding = 2 * depth * torch.finfo(torch.float32).eps
     lost = rounding * torch.linalg.matrix_norm(gram.view(heads, depth, depth))
-    size = value.float().square().sum(-1)[:, :, None]  # [B, Hkv, 1, K]
-    squared.clamp_(min=0).addcmul_(size, lost.view(1, kv_heads, groups, 1))
+    largest = torch.linalg.vector_norm(value, torch.inf, dim=-1).float()[:, :, None]
+    squared.clamp_(min=0).addcmul_(depth * largest.square(), lost.view(1, kv_heads, groups, 1))
+    # Squares of tiny numbers are zero, and these may not be.
+    squared.masked_fill_((squared < 1e-30) & (largest > 0), torch.inf)
     width = weight.shape[1 if in_out else 0]
-    return squared.mul_(1.002 * width).sqrt_().mean(2)
+    return mean_of_groups(squared.mul_(1.002 * width).sqrt_().flatten(1, 2), kv_heads)
 
 
 @_projected_norm.register_fake

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..budget import exact_share
 from .cpu import projected_norm as cpu
-from .projected_norm import UnmadeNorm, upper_bounds
+from .projected_norm import UnmadeNorm, mean_of_groups, upper_bounds
 from .window_attention import window_of
 
 
@@ -166,7 +166,7 @@ def _best_scores(
         """The scores of the ``counts`` entries that lead ``asked``, which these are, and where."""
         index = asked.topk(int(counts.max()), dim=-1).indices
         norms = cpu.norms(value, weight, in_out, heads, False, index, counts)
-        norms = norms.view(batch, kv_heads, -1, index.shape[2]).mean(2)
+        norms = mean_of_groups(norms, kv_heads)
         inside = torch.arange(index.shape[2]) < counts[..., None]
         found = (attention.gather(2, index) * norms).nan_to_num(nan=-torch.inf)
         # The others' places may have been filled before.

@@ -100,7 +100,8 @@ def _on_cpu(
     causal: bool,
 ) -> Tensor:
     options = (scale, window_size, kernel_size, softcap, real, bias, sinks, causal)
-    return _scores(_summed_attention, query, key, *options)
+    with torch.autocast(key.device.type, enabled=False):  # the caller's would round logits
+        return _scores(_summed_attention, query, key, *options)
 
 
 @_on_cpu.register_fake

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -74,9 +74,10 @@ def _has_contexts(graph: Graph) -> bool:
 def _stretches(graph: Graph) -> Iterator[Stretch]:
     """The longest runs of pure nodes that can be called, in the graph's order."""
     written = {
-        _storage(vocab.value_of(node.args[0]))
+        _storage(vocab.value_of(other))
         for node in graph.nodes
-        if node.op.startswith("call_") and node.args and vocab.is_in_place(node)
+        if node.op.startswith("call_") and _writes(node)
+        for other in node.all_input_nodes[:1]
     }
     apart: set[Node] = set()
 
@@ -87,7 +88,7 @@ def _stretches(graph: Graph) -> Iterator[Stretch]:
         near = (node, *node.all_input_nodes)
         touched = {_storage(vocab.value_of(other)) for other in near} - {None}
         unpacks = any(n in apart and not _is_operand(vocab.value_of(n)) for n in near)
-        return unpacks or vocab.is_in_place(node) or bool(touched & written)
+        return unpacks or _writes(node) or bool(touched & written)
 
     def is_apart(node: Node) -> bool:
         if stays(node):
@@ -98,6 +99,10 @@ def _stretches(graph: Graph) -> Iterator[Stretch]:
         stretch = () if outside else _without_last_views(tuple(nodes))
         if len(stretch) >= _LEAST_NODES and _has_right_ends(stretch):
             yield stretch
+
+
+def _writes(node: Node) -> bool:
+    return vocab.is_in_place(node) or bool(node.kwargs.get("inplace")) or "out" in node.kwargs
 
 
 def _without_last_views(stretch: Stretch) -> Stretch:
@@ -112,9 +117,21 @@ def _without_last_views(stretch: Stretch) -> Stretch:
 
 
 def _has_right_ends(stretch: Stretch) -> bool:
-    taken = all(_is_operand(vocab.value_of(node)) for node in _inputs(stretch))
+    inputs = [vocab.value_of(node) for node in _inputs(stretch)]
+    taken = all(map(_is_operand, inputs)) and _names_its_symbols(inputs)
     outputs = [vocab.value_of(node) for node in _outputs(stretch)]
     return taken and bool(outputs) and all(isinstance(value, Tensor) for value in outputs)
+
+
+def _names_its_symbols(values: Sequence[Any]) -> bool:
+    """Whether each symbol of these sizes is one of them by itself: Inductor reads it off there."""
+    sizes = [value for value in values if isinstance(value, torch.SymInt)]
+    for value in values:
+        if isinstance(value, Tensor):
+            sizes += [*value.shape, *value.stride(), value.storage_offset()]
+    exprs = [size.node.expr for size in sizes if isinstance(size, torch.SymInt)]
+    alone = {expr for expr in exprs if expr.is_symbol}
+    return all(expr.free_symbols <= alone for expr in exprs)
 
 
 def _inputs(stretch: Stretch) -> tuple[Node, ...]:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import subprocess
+import sys
 from typing import Any
 from unittest import mock
 
@@ -72,13 +75,46 @@ def wide(spoil: float | None = None) -> tuple[Tensor, UnmadeNorm]:
     return base_of(value, 1, 1 << 20), UnmadeNorm(value, weight, False, 4, "l1", False)
 
 
-@pytest.mark.parametrize("spoil", [None, float("nan"), float("inf"), 1e30])
+@pytest.mark.parametrize("spoil", [None, float("nan"), float("inf"), 1e30, 1e-22])
 def test_hostile_values_select_the_same(spoil: float | None) -> None:
     base, unmade = wide(spoil)
     for budget in (40, 300, 899):
         options = (budget, 8, 0.5, 1e-4)
         expected = select.select(base, unmade.made(), *options)
         assert torch.equal(select.select(base, unmade, *options), expected)
+
+
+def test_tiny_values_select_the_same() -> None:
+    """Their squares are zero, and so was the bound."""
+    base, unmade = wide()
+    tiny = dataclasses.replace(unmade, value=unmade.value * 1e-22)
+    expected = select.select(base, tiny.made(), 100, 8, 0.5, 1e-4)
+    assert torch.equal(select.select(base, tiny, 100, 8, 0.5, 1e-4), expected)
+
+
+@pytest.mark.parametrize("groups", [7, 8, 16])
+def test_of_equal_entries_the_later_one_stays_in_wide_groups(groups: int) -> None:
+    """A sum over rows that adds those of one column in another order makes equals differ."""
+    value, weight = torch.randn(1, 1, 1, 16).expand(1, 1, 45, 16), torch.randn(32, groups * 16)
+    unmade = UnmadeNorm(value, weight, False, groups, "l1", False)
+    made = unmade.made()
+    assert (made == made[..., :1]).all()
+    base = torch.full((1, 1, 45), 0.02)
+    later = torch.arange(36, 45).expand(1, 1, -1)
+    for norm in (unmade, made):
+        assert torch.equal(select.select(base, norm, 9, 2, 0.5, 1e-4), later)
+
+
+def test_the_callers_autocast_changes_no_norm_and_is_not_kept() -> None:
+    """Seen: a Gram matrix in bfloat16, which was kept, and then read as float32."""
+    value, weight = torch.randn(1, 2, 50, 16), torch.randn(64, 64)
+    for norm in ("l1", "l2"):
+        unmade = UnmadeNorm(value, weight, False, 4, norm, False)
+        base = base_of(value, 0, 1 << 20)
+        with torch.autocast("cpu", torch.bfloat16):
+            made, kept = unmade.made(), select.select(base, unmade, 20, 4, 0.5, 1e-4)
+        assert torch.equal(unmade.made(), made)
+        assert torch.equal(select.select(base, unmade, 20, 4, 0.5, 1e-4), kept)
 
 
 def test_negative_attention_selects_the_same() -> None:
@@ -127,3 +163,14 @@ def test_library_calls_give_the_same_without_a_compiler(
             torch.testing.assert_close(one, other, rtol=2e-3, atol=1e-4)
         right = select.select(base, unmade.made(), *options)
         assert torch.equal(select.select(base, unmade, *options), right)
+
+
+def test_the_libraries_leave_tiny_numbers_alone() -> None:
+    """Seen: flags with which GCC links a start-up that flushes them to zero for the process."""
+    script = (
+        "import torch; from ckv_compile.kernels.cpu import projected_norm, ragged_attention as r, "
+        "window_attention as w; assert all(m._library() for m in (projected_norm, r, w)); "
+        "x = torch.full((100,), 1e-40); assert (x * 0.5 > 0).all() and 2.0**-1074 * 1.0 > 0"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]

@@ -151,10 +151,30 @@ def test_generated_code_holds_a_layer_once_and_caches_tell_bodies_apart():
     assert code.count("= repeated_subgraph0(") == 4
 
 
-@pytest.mark.parametrize("padded", [pytest.param(False, marks=pytest.mark.slow), True])
+def test_sizes_that_no_input_names_by_itself_are_not_shared():
+    """Seen with Mixtral and two rows: Inductor could not tell ``s`` from an input of ``2 * s``."""
+    stack = Stack(4)
+
+    def forward(x, cache):
+        flat = x.reshape(-1, WIDTH)
+        for i, w in enumerate(stack.weights):
+            cache[i, : x.shape[1]] = flat[: x.shape[1]]
+            flat = block(flat, w)
+        return flat
+
+    for dynamic, least in ((False, 3), (True, 0)):
+        x, cache = torch.randn(2, 6, WIDTH), torch.zeros(4, 16, WIDTH)
+        if dynamic:
+            torch._dynamo.mark_dynamic(x, 1)
+        count = share_regions(captured(lambda x, cache: forward(x, cache), x, cache))
+        assert count >= least if least else count == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("padded", [False, True])
 def test_a_compiled_model_of_three_layers_gives_the_same_tokens(padded):
     model = tiny("llama", num_hidden_layers=3)
-    ids = prompt(2, 40)
+    ids = prompt(40, batch=2)
     mask = torch.ones_like(ids)
     mask[0, : 7 * padded] = 0
     asked = {"input_ids": ids, "attention_mask": mask, "max_new_tokens": 4, "do_sample": False}
@@ -163,3 +183,34 @@ def test_a_compiled_model_of_three_layers_gives_the_same_tokens(padded):
     ckv_compile.restore(model)
     model = ckv_compile.optimize(model, budget=24, window_size=4)
     assert torch.equal(model.generate(**asked), expected)
+
+
+MORE = {
+    "gpt2": ({"n_layer": 4}, {}),
+    "gemma2": ({"num_hidden_layers": 6}, {}),  # layers of two kinds by turns
+    "cohere": ({"num_hidden_layers": 4}, {"norm": "l2"}),
+    "qwen3": ({"num_hidden_layers": 4}, {"allocation": "adakv"}),
+    "mistral": ({"num_hidden_layers": 4}, {"max_entries": 20, "interval": 8}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", MORE)
+def test_compiled_models_of_many_layers_give_the_same_tokens(family, caplog):
+    """Padded rows, and more steps than the bound leaves room for."""
+    sizes, options = MORE[family]
+    model = tiny(family, **sizes)
+    ids = prompt(40, batch=2)
+    mask = torch.ones_like(ids)
+    mask[0, :7] = 0
+    asked = {"input_ids": ids, "attention_mask": mask, "max_new_tokens": 16, "do_sample": False}
+    found = {}
+    caplog.set_level("INFO", "ckv_compile")
+    for lowering in ("eager", "inductor"):
+        ckv_compile.optimize(model, budget=12, window_size=4, lowering=lowering, **options)
+        with torch.inference_mode():
+            found[lowering] = model.generate(**asked)
+        ckv_compile.restore(model)
+    assert torch.equal(found["inductor"], found["eager"])
+    shared = [line for line in caplog.messages if "share their code" in line]
+    assert shared and not any(line.startswith("0 ") for line in shared)

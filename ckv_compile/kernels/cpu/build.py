@@ -128,10 +128,12 @@ def library(source: str, what: str) -> Any:
 
     try:
         # Inductor's own flags are for code that it has vectorised itself, and let the compiler
-        # assume infinities away, which are values here.
+        # assume infinities away, which are values here. Not -funsafe-math-optimizations, which is
+        # these: with that GCC links a start-up that flushes tiny numbers to zero, in all code.
         flags = (
-            "-ftree-vectorize", "-ftree-loop-vectorize", "-funsafe-math-optimizations",
-            "-ffp-contract=fast", "-fno-math-errno", "-fno-finite-math-only",
+            "-ftree-vectorize", "-ftree-loop-vectorize", "-fassociative-math", "-fno-signed-zeros",
+            "-fno-trapping-math", "-freciprocal-math", "-ffp-contract=fast", "-fno-math-errno",
+            "-fno-finite-math-only",
         )  # fmt: skip
         return CppCodeCache.load_async(source, extra_flags=flags, needs_vec_isa=True)()
     except (exc.CppCompileError, exc.InvalidCxxCompiler, OSError) as error:
