@@ -83,7 +83,9 @@ def _stretches(graph: Graph) -> Iterator[Stretch]:
 
     def stays(node: Node) -> bool:
         """Whether it does more than to compute tensors of tensors, or reads what is written to."""
-        if node.op not in ("call_function", "call_method") or not _is_value(vocab.value_of(node)):
+        if node.op not in ("call_function", "call_method") or not all(
+            map(_is_operand, _parts(node))
+        ):
             return True
         near = (node, *node.all_input_nodes)
         touched = {_storage(vocab.value_of(other)) for other in near} - {None}
@@ -109,8 +111,8 @@ def _without_last_views(stretch: Stretch) -> Stretch:
     """Views at the end are made outside: a call must not return two of one tensor."""
     while stretch:
         last = stretch[-1]
-        seen = {_storage(vocab.value_of(node)) for node in last.all_input_nodes} - {None}
-        if _storage(vocab.value_of(last)) not in seen:
+        seen = {_storage(part) for node in last.all_input_nodes for part in _parts(node)} - {None}
+        if not seen.issuperset(map(_storage, _parts(last))):
             break
         stretch = stretch[:-1]
     return stretch
@@ -147,10 +149,10 @@ def _outputs(stretch: Stretch) -> tuple[Node, ...]:
     return tuple(node for node in stretch if not inside.issuperset(node.users))
 
 
-def _is_value(value: object) -> bool:
-    if isinstance(value, (tuple, list)):
-        return all(_is_operand(part) for part in value)
-    return _is_operand(value)
+def _parts(node: Node) -> Sequence[Any]:
+    """The node's value, or those of the tuple that it is."""
+    value = vocab.value_of(node)
+    return value if isinstance(value, (tuple, list)) else (value,)
 
 
 def _is_operand(value: object) -> bool:
