@@ -136,8 +136,7 @@ def _gram(weight: Tensor, in_out: bool, heads: int) -> Tensor:
     # write through `.data` (an adapter being merged) leaves the version as it was, so a sample of
     # the numbers is compared as well.
     if weight.is_inference():  # has no version
-        with torch.autocast(weight.device.type, enabled=False):
-            return gram_of(weight, in_out, heads)
+        return _unrounded(weight, in_out, heads)
     state = (weight._version, weight.data_ptr(), weight.stride(), in_out, heads)
     flat = weight.detach().reshape(-1)
     sample = flat[:: max(flat.numel() // 1024, 1)].clone()
@@ -145,13 +144,17 @@ def _gram(weight: Tensor, in_out: bool, heads: int) -> Tensor:
     known = held is not None and held[0]() is weight and held[1] == state
     if held is not None and known and torch.equal(held[2], sample):
         return held[3].clone()
-    # The caller's autocast would round it, and it is kept.
-    with torch.autocast(weight.device.type, enabled=False):
-        gram = gram_of(weight.detach(), in_out, heads)
+    gram = _unrounded(weight.detach(), in_out, heads)
     key = id(weight)
     gone = weakref.ref(weight, lambda _: _GRAMS.pop(key, None))
     _GRAMS[key] = (gone, state, sample, gram)
     return gram.clone()
+
+
+def _unrounded(weight: Tensor, in_out: bool, heads: int) -> Tensor:
+    # The caller's autocast would round it, and it is kept.
+    with torch.autocast(weight.device.type, enabled=False):
+        return gram_of(weight, in_out, heads)
 
 
 @_gram.register_fake

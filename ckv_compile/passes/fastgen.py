@@ -18,7 +18,7 @@ from ..config import EvictionConfig
 from ..methods.fastgen import FastGen, State
 from ..site import AttentionSite
 from . import vocabulary as vocab
-from .insert import Capacity, Inserted, phase_of, repoint
+from .insert import Capacity, Inserted, repoint, sites_asked_for
 
 # Outputs of the node: a state of so many tensors, and behind them the tails of K and V.
 _STATE = 9
@@ -82,12 +82,8 @@ def insert_policies(
     before: ``k, v -> sdpa``; the graph returns ``k, v`` and empty tensors
     after:  the same, and ``K, V, cu, .., k', v' = ckv_fastgen_i(q, k, v, ..)``, which it returns
     """
-    phase = phase_of(capacity)
-    cut = [site for site in sites if site.phase == phase and site.cache_key in wanted]
-    if phase == "decode":
-        cut = [site for site in cut if site.index in recent]
-    done = any(isinstance(module, FastGen) for module in gm.modules())
-    if done or not cut or capacity is None or not capacity.fits(cut[0]):
+    cut = sites_asked_for(gm, sites, capacity, wanted, recent, FastGen)
+    if not cut or capacity is None:
         return ()
     inserted = tuple(
         _insert(gm, site, config, capacity, wanted[site.cache_key], recent) for site in cut

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 from torch.fx import GraphModule, Node
 
 from ..config import EvictionConfig
@@ -100,6 +101,29 @@ def phase_of(capacity: Capacity | None) -> Phase:
         return "prefill"
     shape = vocab.shape_of(capacity.tokens) or (0, 0)
     return "decode" if vocab.known(shape[1] == 1) else "continuation"
+
+
+def sites_asked_for(
+    gm: GraphModule,
+    sites: Sequence[AttentionSite],
+    capacity: Capacity | None,
+    wanted: Mapping[Node, object],
+    recent: Mapping[int, Node],
+    kind: type[nn.Module],
+) -> list[AttentionSite]:
+    """Sites whose caches ask to be packed, by a node of this kind; none where one stands already.
+
+    Args:
+        wanted: who asks, by the keys that go into the cache.
+        recent: the last queries by site, without which a call of a single token cuts nothing.
+    """
+    phase = phase_of(capacity)
+    cut = [site for site in sites if site.phase == phase and site.cache_key in wanted]
+    if phase == "decode":
+        cut = [site for site in cut if site.index in recent]
+    done = any(isinstance(module, kind) for module in gm.modules())
+    fits = bool(cut) and capacity is not None and capacity.fits(cut[0])
+    return cut if fits and not done else []
 
 
 @dataclasses.dataclass(frozen=True)

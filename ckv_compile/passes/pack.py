@@ -22,7 +22,7 @@ from ..methods.pack import PackKV
 from ..methods.ragged import ScorePacked
 from ..site import AttentionSite, Reason, Rejection
 from . import vocabulary as vocab
-from .insert import Capacity, Inserted, phase_of, repoint
+from .insert import Capacity, Inserted, phase_of, repoint, sites_asked_for
 from .projections import insert_weight
 
 # These choose within a layer, so that it can be cut as soon as it has been read.
@@ -151,12 +151,8 @@ def insert_packing(
         prefixes: what is packed already, before each layer's keys.
         recent: the last queries by site, for a call of a single token.
     """
-    phase = phase_of(capacity)
-    cut = [site for site in sites if site.phase == phase and site.cache_key in wanted]
-    if phase == "decode":
-        cut = [site for site in cut if site.index in recent]
-    done = any(isinstance(module, PackKV) for module in gm.modules())
-    if done or not cut or capacity is None or not capacity.fits(cut[0]):
+    cut = sites_asked_for(gm, sites, capacity, wanted, recent, PackKV)
+    if not cut or capacity is None:
         return ()
     by_layer = config.allocation in _BY_LAYER
     groups = [[site] for site in cut] if by_layer else [cut]
