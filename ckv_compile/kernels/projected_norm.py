@@ -132,6 +132,11 @@ _GRAMS: dict[int, tuple[weakref.ref[Tensor], tuple[object, ...], Tensor, Tensor]
 
 @torch.library.custom_op("ckv_compile::gram", mutates_args=())
 def _gram(weight: Tensor, in_out: bool, heads: int) -> Tensor:
+    return kept_gram(weight, in_out, heads).clone()
+
+
+def kept_gram(weight: Tensor, in_out: bool, heads: int) -> Tensor:
+    """What :func:`gram_of` makes; kept, so not to be written to."""
     # Kept for as long as the weight lives and is the same: it is made once for all prompts. A
     # write through `.data` (an adapter being merged) leaves the version as it was, so a sample of
     # the numbers is compared as well.
@@ -143,12 +148,12 @@ def _gram(weight: Tensor, in_out: bool, heads: int) -> Tensor:
     held = _GRAMS.get(id(weight))
     known = held is not None and held[0]() is weight and held[1] == state
     if held is not None and known and torch.equal(held[2], sample):
-        return held[3].clone()
+        return held[3]
     gram = _unrounded(weight.detach(), in_out, heads)
     key = id(weight)
     gone = weakref.ref(weight, lambda _: _GRAMS.pop(key, None))
     _GRAMS[key] = (gone, state, sample, gram)
-    return gram.clone()
+    return gram
 
 
 def _unrounded(weight: Tensor, in_out: bool, heads: int) -> Tensor:
@@ -169,12 +174,8 @@ def _projected_norm(
 ) -> Tensor:
     # An op of ours, opaque to the compiler: Inductor does not fuse a reduction into a product and
     # would write the whole [B, H, K, E] to memory first. Here only a block of it ever exists.
-    kv_heads = value.shape[1]
     if value.device.type == "cpu" and cpu.takes(value, weight):
-        each = cpu.norms(value, weight, in_out, heads, quadratic)
-        # Rounding may leave a tiny negative number where the norm is zero.
-        each = each.clamp_(min=0).sqrt_() if quadratic else each
-        return mean_of_groups(each, kv_heads)
+        return cpu.mean_norms(value, weight, in_out, heads, quadratic)
     with torch.autocast(value.device.type, enabled=False):
         return _by_library_calls(value, weight, in_out, heads, quadratic)
 
@@ -203,25 +204,6 @@ def _by_library_calls(
                     product = buffer[: rows.shape[0] * part.shape[1]].view(-1, part.shape[1])
                     norm += torch.mm(rows, part, out=product).abs_().sum(-1)
     return norms.div_(groups)
-
-
-def upper_bounds(value: Tensor, weight: Tensor, in_out: bool, heads: int) -> Tensor:
-    """What the L1 norm of each projected value is at most, mean over the group, ``[B, Hkv, K]``.
-
-    ``||x||_1 <= sqrt(E) ||x||_2``, and the L2 norm, by the kept Gram matrix, costs ``Dv / E`` of
-    the L1 norm. What rounding can take from it is added; both are float32 sums.
-    """
-    (batch, kv_heads, kv_len, depth), groups = value.shape, heads // value.shape[1]
-    gram = torch.ops.ckv_compile.gram(weight, in_out, heads)
-    squared = cpu.norms(value, gram, True, heads, True).view(batch, kv_heads, groups, kv_len)
-    rounding = 2 * depth * torch.finfo(torch.float32).eps
-    lost = rounding * torch.linalg.matrix_norm(gram.view(heads, depth, depth))
-    largest = torch.linalg.vector_norm(value, torch.inf, dim=-1).float()[:, :, None]
-    squared.clamp_(min=0).addcmul_(depth * largest.square(), lost.view(1, kv_heads, groups, 1))
-    # Squares of tiny numbers are zero, and these may not be.
-    squared.masked_fill_((squared < 1e-30) & (largest > 0), torch.inf)
-    width = weight.shape[1 if in_out else 0]
-    return mean_of_groups(squared.mul_(1.002 * width).sqrt_().flatten(1, 2), kv_heads)
 
 
 @_projected_norm.register_fake

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..budget import exact_share
-from .cpu import projected_norm as cpu
-from .projected_norm import UnmadeNorm, mean_of_groups, upper_bounds
+from .cpu import projected_norm as cpu_norm
+from .cpu import select as cpu
+from .projected_norm import UnmadeNorm, kept_gram
 from .window_attention import window_of
 
 
@@ -78,11 +78,11 @@ def _select(
     real: Tensor | None,
     row_budgets: Tensor | None,
 ) -> Tensor:
-    def scores(kept: Tensor, real: Tensor, left: Tensor) -> Tensor:
-        return base if norm is None else (base + epsilon) * norm
-
-    first = None if norm is None else ratio
-    return _chosen(base, scores, first, budget, window_size, real, row_budgets)
+    if budget == base.shape[2]:
+        return torch.arange(budget, device=base.device).expand(base.shape).contiguous()
+    scores = None if norm is None else (base + epsilon) * norm
+    options = (budget, window_size, ratio, real, row_budgets)
+    return (cpu.choose if cpu.takes(base) else _chosen)(base, scores, *options)
 
 
 @torch.library.custom_op("ckv_compile::select_bounded", mutates_args=())
@@ -99,33 +99,27 @@ def _select_bounded(
     real: Tensor | None,
     row_budgets: Tensor | None,
 ) -> Tensor:
-    if value.device.type != "cpu" or not cpu.takes(value, weight):
+    options = (budget, window_size, ratio, epsilon, real, row_budgets)
+    if budget == base.shape[2]:
+        return torch.ops.ckv_compile.select(base, None, *options)
+    if value.device.type != "cpu" or not cpu_norm.takes(value, weight):
         norm = torch.ops.ckv_compile.projected_norm(value, weight, in_out, heads, False)
-        return torch.ops.ckv_compile.select(
-            base, norm, budget, window_size, ratio, epsilon, real, row_budgets
-        )
-
-    def scores(kept: Tensor, real: Tensor, left: Tensor) -> Tensor:
-        projection = (value, weight, in_out, heads)
-        return _best_scores(base + epsilon, projection, real & ~kept, left)
-
-    return _chosen(base, scores, ratio, budget, window_size, real, row_budgets)
+        return torch.ops.ckv_compile.select(base, norm, *options)
+    gram = kept_gram(weight, in_out, heads)
+    return cpu_norm.select_bounded(base, value, weight, in_out, heads, gram, *options)[0]
 
 
 def _chosen(
     base: Tensor,
-    scores: Callable[[Tensor, Tensor, Tensor], Tensor],
-    first_stage: list[int] | None,
+    scores: Tensor | None,
     budget: int,
     window_size: int,
+    ratio: list[int],
     real: Tensor | None,
     row_budgets: Tensor | None,
 ) -> Tensor:
-    """Positions kept, by ``scores`` of what is kept by then, what is real and how many are left."""
     batch, _, kv_len = base.shape
     positions = torch.arange(kv_len, device=base.device)
-    if budget == kv_len:
-        return positions.expand(base.shape).contiguous()
     if real is None:
         real = torch.ones(1, kv_len, dtype=torch.bool, device=base.device).expand(batch, -1)
     if row_budgets is None:
@@ -133,56 +127,14 @@ def _chosen(
     count = real.sum(-1, keepdim=True)
     kept = in_window(real, window_size)[:, None]  # [B, 1, K]
     real, row_budgets = real[:, None], row_budgets[:, None]
-    if first_stage is not None:
-        first = (first_stage[0] * row_budgets // first_stage[1]).clamp(min=window_size)
+    if scores is not None:
+        first = (ratio[0] * row_budgets // ratio[1]).clamp(min=window_size)
         first = first.minimum(count).expand(base.shape[:2])
         kept = best(sort_keys(base, kept, real, positions), first)
-    left = (row_budgets - kept.sum(-1)).clamp(min=0)
-    keys = sort_keys(scores(kept, real, left), kept, real, positions)
+    keys = sort_keys(base if scores is None else scores, kept, real, positions)
     chosen = keys.topk(budget, dim=-1).indices
     unused = torch.arange(budget, device=base.device) >= row_budgets[..., None]
     return chosen.masked_fill(unused, -1).sort(dim=-1).values.clamp(min=0)
-
-
-def _best_scores(
-    attention: Tensor, projection: tuple[Tensor, Tensor, bool, int], open_: Tensor, left: Tensor
-) -> Tensor:
-    """``attention * ||v W_O||_1`` of all that may be among the ``left`` best, -inf of the others.
-
-    A bound of the norm ranks the entries that are still ``open_``. The worst of the ``left`` first
-    ones, by its true score, is a threshold: whose bound is lower cannot be among the best.
-
-    Args:
-        attention: ``[B, Hkv, K]``; left: ``[B, Hkv]``.
-    """
-    value, weight, in_out, heads = projection
-    batch, kv_heads, _ = attention.shape
-    # Whose bound is not a number is asked for its score, whose attention is negative has at most 0.
-    highest = (attention * upper_bounds(*projection)).nan_to_num(nan=torch.inf).clamp(min=0)
-    highest = highest.masked_fill(~open_, -1.0)
-    scores = torch.full_like(attention, -torch.inf)
-
-    def make(asked: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The scores of the ``counts`` entries that lead ``asked``, which these are, and where."""
-        index = asked.topk(int(counts.max()), dim=-1).indices
-        norms = cpu.norms(value, weight, in_out, heads, False, index, counts)
-        norms = mean_of_groups(norms, kv_heads)
-        inside = torch.arange(index.shape[2]) < counts[..., None]
-        found = (attention.gather(2, index) * norms).nan_to_num(nan=-torch.inf)
-        # The others' places may have been filled before.
-        scores.scatter_reduce_(2, index, found.masked_fill(~inside, -torch.inf), "amax")
-        return found, inside, index
-
-    left = left.expand(batch, kv_heads).minimum(open_.sum(-1))
-    if not left.any():
-        return scores
-    found, inside, index = make(highest, left)
-    worst = found.masked_fill(~inside, torch.inf).amin(-1, keepdim=True)
-    made = torch.zeros_like(attention, dtype=torch.bool).scatter_(2, index, inside)
-    rest = open_ & ~made & (highest >= worst)
-    if rest.any():
-        make(highest.masked_fill(~rest, -1.0), rest.sum(-1))
-    return scores
 
 
 @_select.register_fake

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .cpu import window_attention as cpu
+from .projected_norm import mean_of_groups
 
 # Of the logits of one block of keys: they stay in a core's L2 cache.
 _BLOCK_BYTES = 1 << 20
@@ -99,6 +100,16 @@ def _on_cpu(
     sinks: Tensor | None,
     causal: bool,
 ) -> Tensor:
+    if key.device.type == "cpu" and cpu.takes(key, bias):
+        (batch, heads, q_len, head_dim), kv_len = query.shape, key.shape[2]
+        window, asked, prefix = _window(q_len, kv_len, window_size, real, causal, key.device)
+        shape, first = (batch, window.shape[1]), kv_len - q_len if causal else 0
+        index = (window - first).clamp(min=0).expand(shape)[:, None, :, None]
+        rows = query.gather(2, index.expand(-1, heads, -1, head_dim)).float() * scale
+        seen = window if causal else torch.full_like(window, kv_len - 1)
+        scored = None if prefix is None else prefix[:, 0].expand(batch, -1)
+        operands = (rows, key, seen.expand(shape), asked.expand(shape), softcap, real, sinks)
+        return cpu.scores(*operands, scored, kernel_size)
     options = (scale, window_size, kernel_size, softcap, real, bias, sinks, causal)
     with torch.autocast(key.device.type, enabled=False):  # the caller's would round logits
         return _scores(_summed_attention, query, key, *options)
@@ -124,20 +135,25 @@ def _scores(
 ) -> Tensor:
     """Mean, pool and mean of the groups: what is the same on every device."""
     q_len, (kv_heads, kv_len) = query.shape[2], key.shape[1:3]
-    prefix = None
-    if causal:
-        positions = torch.arange(kv_len, device=key.device)
-        window, prefix = window_of(positions, window_size, real)
-        asked = window >= kv_len - q_len
-    else:
-        steps = torch.arange(window_size, device=query.device) + (q_len - window_size)
-        window, asked = steps.clamp(min=0)[None], (steps >= 0)[None]
+    window, asked, prefix = _window(q_len, kv_len, window_size, real, causal, key.device)
     operands = (query, key, window, asked, scale, softcap, real, bias, sinks, causal)
     attention = summed_attention(*operands) / asked.sum(1).clamp(min=1)[:, None, None]
     if prefix is None:
-        return _mean_of_groups(_pooled(attention, kernel_size), kv_heads)
+        return mean_of_groups(_pooled(attention, kernel_size), kv_heads)
     pooled = _pooled(attention.masked_fill(~prefix, -math.inf), kernel_size)
-    return _mean_of_groups(pooled.masked_fill(~prefix, 0.0), kv_heads)
+    return mean_of_groups(pooled.masked_fill(~prefix, 0.0), kv_heads)
+
+
+def _window(
+    q_len: Any, kv_len: Any, window_size: int, real: Tensor | None, causal: bool, device: Any
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Positions of the last queries ``[1 or B, W]``, which of them are there, and the keys that are
+    scored, ``[1 or B, 1, K]``; None for all."""
+    if causal:
+        window, prefix = window_of(torch.arange(kv_len, device=device), window_size, real)
+        return window, window >= kv_len - q_len, prefix
+    steps = torch.arange(window_size, device=device) + (q_len - window_size)
+    return steps.clamp(min=0)[None], (steps >= 0)[None], None
 
 
 def _pooled(attention: Tensor, kernel_size: int) -> Tensor:
@@ -147,11 +163,6 @@ def _pooled(attention: Tensor, kernel_size: int) -> Tensor:
         attention[:, :, None], (1, kernel_size), stride=1, padding=(0, kernel_size // 2)
     )
     return pooled.reshape(attention.shape)
-
-
-def _mean_of_groups(scores: Tensor, kv_heads: int) -> Tensor:
-    batch, _, kv_len = scores.shape
-    return scores.reshape(batch, kv_heads, -1, kv_len).mean(2)
 
 
 def window_of(positions: Tensor, window_size: int, real: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -195,14 +206,6 @@ def _summed_attention(
     """
     (batch, heads, q_len, head_dim), (kv_heads, kv_len) = query.shape, key.shape[1:3]
     first = kv_len - q_len if causal else 0
-    if key.device.type == "cpu" and cpu.takes(key, bias):
-        shape = (batch, window.shape[1])
-        index = (window - first).clamp(min=0).expand(shape)[:, None, :, None]
-        rows = query.gather(2, index.expand(-1, heads, -1, head_dim)).float() * scale
-        last_seen = window if causal else torch.full_like(window, kv_len - 1)
-        return cpu.summed_attention(
-            rows, key, last_seen.expand(shape), asked.expand(shape), softcap, real, sinks
-        )
     summed = query.new_empty((batch, heads, kv_len), dtype=torch.float32)
     step = max(_BLOCK_BYTES // (4 * heads * window.shape[1]), 64)
     blocks = [slice(start, start + step) for start in range(0, kv_len, step)]

@@ -18,10 +18,11 @@ from torch import Tensor
 
 from ckv_compile.kernels import projected_norm, select, window_attention
 from ckv_compile.kernels.cpu import projected_norm as cpu_norm
+from ckv_compile.kernels.cpu import select as cpu_select
 from ckv_compile.kernels.cpu import window_attention as cpu_window
 from ckv_compile.kernels.projected_norm import UnmadeNorm
 
-MODULES = (cpu_norm, cpu_window)
+MODULES = (cpu_norm, cpu_select, cpu_window)
 
 
 def base_of(value: Tensor, seed: int, levels: int) -> Tensor:
@@ -127,16 +128,11 @@ def test_negative_attention_selects_the_same() -> None:
 
 def test_few_norms_are_made() -> None:
     base, unmade = wide()
-    made = []
-
-    def counted(*args: Any) -> Tensor:
-        made.append(0 if args[4] else int(args[6].sum()))
-        return norms(*args)
-
-    norms = cpu_norm.norms
-    with mock.patch.object(cpu_norm, "norms", counted):
-        select.select(base, unmade, 90, 8, 0.5, 1e-4)
-    assert 0 < sum(made) < 2 * 900 / 4
+    assert unmade.weight is not None
+    operands = (unmade.value, unmade.weight, unmade.in_out, unmade.heads)
+    gram = projected_norm.kept_gram(*operands[1:])
+    made = cpu_norm.select_bounded(base, *operands, gram, 90, 8, [1, 2], 1e-4, None, None)[1]
+    assert 2 * (90 - 45) <= made < 2 * 900 / 4
 
 
 @SETTINGS
@@ -169,7 +165,8 @@ def test_the_libraries_leave_tiny_numbers_alone() -> None:
     """Seen: flags with which GCC links a start-up that flushes them to zero for the process."""
     script = (
         "import torch; from ckv_compile.kernels.cpu import projected_norm, ragged_attention as r, "
-        "window_attention as w; assert all(m._library() for m in (projected_norm, r, w)); "
+        "select as s, window_attention as w; "
+        "assert all(m._library() for m in (projected_norm, r, s, w)); "
         "x = torch.full((100,), 1e-40); assert (x * 0.5 > 0).all() and 2.0**-1074 * 1.0 > 0"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)

@@ -24,7 +24,8 @@ PRELUDE = r"""
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <type_traits>
+#include <functional>
+#include <limits>
 #include <vector>
 
 namespace {
@@ -60,10 +61,13 @@ inline vec load(const float* from) {
 }
 inline void store(float* to, vec value) { std::memcpy(to, &value, sizeof(value)); }
 
+// By halves: in order, each addition would wait for the one before.
 inline float sum_of(vec value) {
-  float sum = 0.0f;
-  for (int64_t i = 0; i < LANES; ++i) sum += value[i];
-  return sum;
+  float parts[LANES];
+  store(parts, value);
+  for (int64_t half = LANES / 2; half; half /= 2)
+    for (int64_t i = 0; i < half; ++i) parts[i] += parts[i + half];
+  return parts[0];
 }
 
 // ROWS rows of a, `stride` apart, times a panel [depth][COLUMNS].
@@ -81,19 +85,13 @@ inline void multiply(const float* a, int64_t stride, const float* panel, int64_t
   }
 }
 
-// ROWS rows [depth] as floats, `stride` between them: in place, or `some` of them copied to `room`.
+// ROWS rows [depth] as floats, one behind the other; those behind `some` are zero.
 template <typename scalar>
-const float* rows_of(const scalar* from, int64_t stride_row, int64_t stride_d, int64_t some,
-                     int64_t depth, float* room, int64_t* stride) {
-  if (std::is_same<scalar, float>::value && stride_d == 1 && some >= ROWS) {
-    *stride = stride_row;
-    return reinterpret_cast<const float*>(from);
-  }
-  *stride = depth;
+void copy_rows(const scalar* from, int64_t stride_row, int64_t stride_d, int64_t some,
+               int64_t depth, float* room) {
   for (int64_t r = 0; r < ROWS; ++r)
     for (int64_t d = 0; d < depth; ++d)
       room[r * depth + d] = r < some ? as_float(from[r * stride_row + d * stride_d]) : 0.0f;
-  return room;
 }
 
 // exp(x) for x <= 0, to about 2 ulp: 2^n times a polynomial of the rest (Cephes' coefficients).
@@ -129,11 +127,11 @@ def library(source: str, what: str) -> Any:
     try:
         # Inductor's own flags are for code that it has vectorised itself, and let the compiler
         # assume infinities away, which are values here. Not -funsafe-math-optimizations, which is
-        # these: with that GCC links a start-up that flushes tiny numbers to zero, in all code.
+        # these: with that GCC links a start-up that flushes tiny numbers to zero, in all code. Nor
+        # -fassociative-math: equal entries whose sums were added in two orders would differ.
         flags = (
-            "-ftree-vectorize", "-ftree-loop-vectorize", "-fassociative-math", "-fno-signed-zeros",
-            "-fno-trapping-math", "-freciprocal-math", "-ffp-contract=fast", "-fno-math-errno",
-            "-fno-finite-math-only",
+            "-ftree-vectorize", "-ftree-loop-vectorize", "-fno-signed-zeros", "-fno-trapping-math",
+            "-ffp-contract=fast", "-fno-math-errno", "-fno-finite-math-only",
         )  # fmt: skip
         return CppCodeCache.load_async(source, extra_flags=flags, needs_vec_isa=True)()
     except (exc.CppCompileError, exc.InvalidCxxCompiler, OSError) as error:

@@ -1,96 +1,285 @@
-"""Norms of projected values, reduced in registers: C++."""
+"""Norms of projected values, reduced in registers, and a selection that makes few of them: C++."""
 
 from __future__ import annotations
 
+import ctypes
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .build import PRELUDE, SUFFIX, TILES, library, pointer, sizes
+from .select import SELECTION
 
-_SOURCE = (
-    PRELUDE
-    + TILES
-    + r"""
+_NORMS = r"""
 // Values of a task: COLUMNS at a time, so that a head's matrix is read from the L2 cache.
 constexpr int64_t BLOCK = 4 * COLUMNS;
 
-// The projections of COLUMNS values [depth][COLUMNS] by a head's matrix, whose column e is at
+// The projections of values, in panels [depth][COLUMNS], by a head's matrix, whose column e is at
 // e * stride_e: the sum of their sizes, or if quadratic of their products with the values.
 template <bool quadratic, typename weights>
-void add_norms(const weights* matrix, int64_t stride_d, int64_t stride_e, const float* panel,
-               int64_t depth, int64_t width, float* room, float* to) {
-  vec sums[2] = {};
+void add_norms(const weights* matrix, int64_t stride_d, int64_t stride_e, const float* panels,
+               int64_t count, int64_t depth, int64_t width, float* room, float* to) {
+  vec sums[BLOCK / COLUMNS][2] = {};
   for (int64_t e = 0; e < width; e += ROWS) {
     const int64_t some = std::min(ROWS, width - e);
-    int64_t stride;
-    const float* rows =
-        rows_of(matrix + e * stride_e, stride_e, stride_d, some, depth, room, &stride);
-    vec product[ROWS][2];
-    multiply(rows, stride, panel, depth, product);
-    for (int64_t r = 0; r < some; ++r)
-      for (int64_t side = 0; side < 2; ++side) {
-        const vec x = product[r][side];
-        if (quadratic)
-          sums[side] += x * load(panel + (e + r) * COLUMNS + side * LANES);
-        else
-          sums[side] += x < 0.0f ? -x : x;
-      }
+    // Copied in any case: rows that are a power of two apart would take each other's place in L1.
+    copy_rows(matrix + e * stride_e, stride_e, stride_d, some, depth, room);
+    for (int64_t i = 0; i * COLUMNS < count; ++i) {
+      const float* panel = panels + i * COLUMNS * depth;
+      vec product[ROWS][2];
+      multiply(room, depth, panel, depth, product);
+      for (int64_t r = 0; r < some; ++r)
+        for (int64_t side = 0; side < 2; ++side) {
+          const vec x = product[r][side];
+          if (quadratic)
+            sums[i][side] += x * load(panel + (e + r) * COLUMNS + side * LANES);
+          else
+            sums[i][side] += x < 0.0f ? -x : x;
+        }
+    }
   }
-  store(to, sums[0]);
-  store(to + LANES, sums[1]);
+  std::memcpy(to, sums, sizeof(sums));
 }
 
-// value[batch, kv_heads, ., depth] at index[batch, kv_heads, most] (all if null); the weight of
-// query head h begins at h * depth * stride_d.
-template <typename scalar, typename weights>
-void norms(const scalar* value, const int64_t* strides, const weights* weight, int64_t stride_d,
-           int64_t stride_e, const int64_t* index, const int64_t* counts, int64_t batch,
-           int64_t kv_heads, int64_t groups, int64_t most, int64_t depth, int64_t width,
-           bool quadratic, int64_t threads, float* out) {
-  const int64_t blocks = (most + BLOCK - 1) / BLOCK, heads = kv_heads * groups;
-  #pragma omp parallel num_threads(threads)
+// What all functions below are given.
+template <typename scalar>
+struct Values {
+  const scalar* value;     // [batch, kv_heads, kv_len, depth]
+  const int64_t* strides;  // of the value
+  int64_t batch, kv_heads, groups, kv_len, depth, threads;
+
+  int64_t heads() const { return kv_heads * groups; }
+  int64_t pairs() const { return batch * kv_heads; }
+  const scalar* at(int64_t pair, int64_t i) const {
+    return value + pair / kv_heads * strides[0] + pair % kv_heads * strides[1] + i * strides[2];
+  }
+};
+
+// Element (d, e) of the matrix of query head h is at h * stride_h + d * stride_d + e * stride_e.
+template <typename weights>
+struct Weight {
+  const weights* data;
+  int64_t stride_h, stride_d, stride_e, width;
+};
+
+// The entries asked for: the first counts[pair] of index[pair * most ..], of all if that is null.
+struct Asked {
+  const int64_t* index;
+  const int64_t* counts;
+  int64_t most;
+};
+
+// The norm [batch, heads, most] of each query head.
+template <bool quadratic, typename scalar, typename weights>
+void norms(const Values<scalar>& v, const Weight<weights>& w, const Asked& asked, float* out) {
+  const int64_t blocks = (asked.most + BLOCK - 1) / BLOCK, depth = v.depth;
+  #pragma omp parallel num_threads(v.threads)
   {
-    std::vector<float> panels(depth * BLOCK), room(ROWS * depth), found(COLUMNS);
+    std::vector<float> panels(depth * BLOCK), room(ROWS * depth), found(BLOCK);
     #pragma omp for schedule(dynamic, 1)
-    for (int64_t task = 0; task < batch * kv_heads * blocks; ++task) {
-      const int64_t pair = task / blocks, b = pair / kv_heads, g = pair % kv_heads;
-      const int64_t start = task % blocks * BLOCK;
-      const int64_t count = std::min(BLOCK, counts[pair] - start);
+    for (int64_t task = 0; task < v.pairs() * blocks; ++task) {
+      const int64_t pair = task / blocks, start = task % blocks * BLOCK;
+      const int64_t count = std::min(BLOCK, asked.counts[pair] - start);
       if (count <= 0) continue;
-      std::fill(panels.begin(), panels.end(), 0.0f);
+      if (count % COLUMNS) std::fill(panels.begin(), panels.end(), 0.0f);
       for (int64_t i = 0; i < count; ++i) {
-        const int64_t at = index ? index[pair * most + start + i] : start + i;
-        const scalar* from = value + b * strides[0] + g * strides[1] + at * strides[2];
+        const int64_t at = start + i;
+        const scalar* from = v.at(pair, asked.index ? asked.index[pair * asked.most + at] : at);
         float* to = &panels[i / COLUMNS * COLUMNS * depth + i % COLUMNS];
-        for (int64_t d = 0; d < depth; ++d) to[d * COLUMNS] = as_float(from[d * strides[3]]);
+        for (int64_t d = 0; d < depth; ++d) to[d * COLUMNS] = as_float(from[d * v.strides[3]]);
       }
-      for (int64_t h = g * groups; h < (g + 1) * groups; ++h) {
-        const weights* matrix = weight + h * depth * stride_d;
-        for (int64_t i = 0; i < count; i += COLUMNS) {
-          const auto add = quadratic ? add_norms<true, weights> : add_norms<false, weights>;
-          add(matrix, stride_d, stride_e, &panels[i * depth], depth, width, room.data(),
-              found.data());
-          const int64_t some = std::min(COLUMNS, count - i);
-          std::copy(&found[0], &found[0] + some, out + (b * heads + h) * most + start + i);
-        }
+      for (int64_t member = 0; member < v.groups; ++member) {
+        const int64_t head = pair % v.kv_heads * v.groups + member;
+        add_norms<quadratic>(w.data + head * w.stride_h, w.stride_d, w.stride_e, panels.data(),
+                             count, depth, w.width, room.data(), found.data());
+        std::copy_n(found.data(), count, out + (pair * v.groups + member) * asked.most + start);
       }
     }
   }
 }
 
+// Mean over the group; of all entries in the same order, so that equals stay equal.
+void add_members(const float* each, int64_t groups, int64_t most, int64_t count, float* out) {
+  std::copy_n(each, count, out);
+  for (int64_t member = 1; member < groups; ++member)
+    for (int64_t i = 0; i < count; ++i) out[i] += each[member * most + i];
+  for (int64_t i = 0; i < count; ++i) out[i] /= groups;
+}
+
+// The mean norm [batch, kv_heads, most]: L1, or L2 by Gram matrices.
+template <bool quadratic, typename scalar, typename weights>
+void mean_norms(const Values<scalar>& v, const Weight<weights>& w, const Asked& asked,
+                float* out) {
+  std::vector<float> each(v.pairs() * v.groups * asked.most);
+  norms<quadratic>(v, w, asked, each.data());
+  // Rounding may leave a tiny negative number where the norm is zero.
+  if (quadratic)
+    for (float& x : each) x = std::sqrt(x < 0.0f ? 0.0f : x);
+  #pragma omp parallel for num_threads(v.threads)
+  for (int64_t pair = 0; pair < v.pairs(); ++pair)
+    add_members(&each[pair * v.groups * asked.most], v.groups, asked.most, asked.counts[pair],
+                out + pair * asked.most);
+}
+"""
+
+_BOUNDED = r"""
+// What the mean L1 norm of each value is at most, [batch, kv_heads, kv_len]:
+// ||x||_1 <= sqrt(width) ||x||_2, and what rounding can take from that (`lost`, of each head).
+template <typename scalar>
+void bounds(const Values<scalar>& v, const float* gram, const float* lost, int64_t width,
+            float* out) {
+  const std::vector<int64_t> counts(v.pairs(), v.kv_len);
+  std::vector<float> each(v.pairs() * v.groups * v.kv_len);
+  const Weight<float> symmetric{gram, v.depth * v.depth, 1, v.depth, v.depth};
+  norms<true>(v, symmetric, Asked{nullptr, counts.data(), v.kv_len}, each.data());
+  #pragma omp parallel for num_threads(v.threads)
+  for (int64_t pair = 0; pair < v.pairs(); ++pair) {
+    for (int64_t i = 0; i < v.kv_len; ++i) {
+      const scalar* value = v.at(pair, i);
+      int32_t bits = 0;  // of sizes, which order as the floats do, NaN above all
+      for (int64_t d = 0; d < v.depth; ++d) {
+        const float x = as_float(value[d * v.strides[3]]);
+        int32_t size;
+        std::memcpy(&size, &x, sizeof(size));
+        bits = std::max(bits, size & 0x7fffffff);
+      }
+      float largest;
+      std::memcpy(&largest, &bits, sizeof(largest));
+      for (int64_t member = 0; member < v.groups; ++member) {
+        float& squared = each[(pair * v.groups + member) * v.kv_len + i];
+        squared = squared < 0.0f ? 0.0f : squared;
+        squared += v.depth * largest * largest * lost[pair % v.kv_heads * v.groups + member];
+        // Squares of tiny numbers are zero, and these may not be.
+        if (squared < 1e-30f && largest > 0.0f) squared = INFINITY;
+        squared = std::sqrt(squared * (1.002f * width));
+      }
+    }
+    add_members(&each[pair * v.groups * v.kv_len], v.groups, v.kv_len, v.kv_len,
+                out + pair * v.kv_len);
+  }
+}
+
+// CriticalKV's selection with the exact norms of those entries alone that may be among the best.
+//
+// A bound of the norm ranks the entries that are left after the first stage. The worst of as many
+// of the first ones as are to be kept, by its true score, is a threshold: whose bound is lower
+// cannot be among the best. Returns how many norms were made.
+template <typename scalar, typename weights>
+int64_t select_bounded(const Selection& s, const Values<scalar>& v, const Weight<weights>& w,
+                       const float* gram, const float* lost, float epsilon, int64_t* out) {
+  const int64_t kv_len = v.kv_len, pairs = v.pairs();
+  std::vector<float> highest(pairs * kv_len), scores(pairs * kv_len, -INFINITY), worst(pairs);
+  std::vector<char> kept_of(pairs * kv_len);
+  std::vector<int64_t> counts(pairs), index;
+  bool* kept = reinterpret_cast<bool*>(kept_of.data());
+  bounds(v, gram, lost, w.width, highest.data());
+
+  const auto attention = [&](int64_t pair, int64_t i) { return s.base[pair * kv_len + i] + epsilon; };
+  const auto is_open = [&](int64_t pair, int64_t i) {
+    return s.is_real(pair, i) && !kept[pair * kv_len + i];
+  };
+  // True scores of what is in `index`, whose row of a pair is `most` long.
+  const auto make = [&](int64_t most) {
+    std::vector<float> norm(pairs * most);
+    mean_norms<false>(v, w, Asked{index.data(), counts.data(), most}, norm.data());
+    for (int64_t pair = 0; pair < pairs; ++pair) {
+      worst[pair] = INFINITY;
+      for (int64_t j = 0; j < counts[pair]; ++j) {
+        const int64_t i = index[pair * most + j];
+        const float score = attention(pair, i) * norm[pair * most + j];
+        scores[pair * kv_len + i] = score == score ? score : -INFINITY;
+        worst[pair] = std::min(worst[pair], scores[pair * kv_len + i]);
+      }
+    }
+    int64_t made = 0;
+    for (const int64_t count : counts) made += count;
+    return made;
+  };
+
+  std::vector<std::vector<int64_t>> asked(pairs);
+  #pragma omp parallel num_threads(v.threads)
+  {
+    std::vector<int64_t> keys(kv_len);
+    #pragma omp for schedule(dynamic, 1)
+    for (int64_t pair = 0; pair < pairs; ++pair) {
+      const int64_t left = s.keep_first(pair, true, kept + pair * kv_len, keys);
+      int64_t open = 0;
+      for (int64_t i = 0; i < kv_len; ++i) {
+        // Whose bound is not a number is asked for its score; a negative attention's is at most 0.
+        float& high = highest[pair * kv_len + i];
+        high *= attention(pair, i);
+        high = high == high ? std::max(high, 0.0f) : INFINITY;
+        open += is_open(pair, i);
+        keys[i] = key_of(high, false, is_open(pair, i), i);
+      }
+      const int64_t least = threshold(keys, std::min(left, open));
+      for (int64_t i = 0; i < kv_len; ++i)
+        if (keys[i] >= least) asked[pair].push_back(i);
+    }
+  }
+  // As the rows of one array, as long as the longest.
+  const auto gather = [&]() {
+    int64_t most = 0;
+    for (const auto& row : asked) most = std::max<int64_t>(most, row.size());
+    index.assign(pairs * most, 0);
+    for (int64_t pair = 0; pair < pairs; ++pair) {
+      counts[pair] = asked[pair].size();
+      std::copy(asked[pair].begin(), asked[pair].end(), index.begin() + pair * most);
+      asked[pair].clear();
+    }
+    return most;
+  };
+  int64_t made = make(gather());
+  for (int64_t pair = 0; pair < pairs; ++pair) {
+    // Infinite scores count as the largest number.
+    const float least = std::min(worst[pair], std::numeric_limits<float>::max());
+    for (int64_t i = 0; counts[pair] && i < kv_len; ++i) {
+      const bool known = scores[pair * kv_len + i] != -INFINITY;
+      if (!known && is_open(pair, i) && highest[pair * kv_len + i] >= least)
+        asked[pair].push_back(i);
+    }
+  }
+  made += make(gather());
+  #pragma omp parallel num_threads(v.threads)
+  {
+    std::vector<int64_t> keys(kv_len);
+    #pragma omp for schedule(dynamic, 1)
+    for (int64_t pair = 0; pair < pairs; ++pair)
+      s.choose(pair, &scores[pair * kv_len], kept + pair * kv_len, keys, out);
+  }
+  return made;
+}
+
 }  // namespace
 
-#define EXPORT(scalar, weights)                                                                  \
-  extern "C" void norms_##scalar##_##weights(                                                    \
-      const void* value, const int64_t* strides, const void* weight, const int64_t* index,       \
-      const int64_t* counts, int64_t stride_d, int64_t stride_e, int64_t batch,                  \
-      int64_t kv_heads, int64_t groups, int64_t most, int64_t depth, int64_t width,              \
-      int64_t quadratic, int64_t threads, float* out) {                                          \
-    norms(static_cast<const scalar*>(value), strides, static_cast<const weights*>(weight),       \
-          stride_d, stride_e, index, counts, batch, kv_heads, groups, most, depth, width,        \
-          quadratic != 0, threads, out);                                                         \
+#define EXPORT(scalar, weights)                                                                   \
+  extern "C" void mean_norms_##scalar##_##weights(                                                \
+      const void* value, const int64_t* strides, const void* weight, const int64_t* counts,       \
+      int64_t stride_h, int64_t stride_d, int64_t stride_e, int64_t width, int64_t batch,        \
+      int64_t kv_heads, int64_t groups, int64_t kv_len, int64_t depth, int64_t threads,          \
+      int64_t quadratic, float* out) {                                                            \
+    const Values<scalar> v{static_cast<const scalar*>(value), strides, batch, kv_heads, groups,   \
+                           kv_len, depth, threads};                                               \
+    const Weight<weights> w{static_cast<const weights*>(weight), stride_h, stride_d, stride_e,    \
+                            width};                                                               \
+    const Asked asked{nullptr, counts, kv_len};                                                   \
+    quadratic ? mean_norms<true>(v, w, asked, out) : mean_norms<false>(v, w, asked, out);         \
+  }                                                                                               \
+  extern "C" int64_t select_bounded_##scalar##_##weights(                                         \
+      const void* value, const int64_t* strides, const void* weight, const float* gram,           \
+      const float* lost, const float* base, const bool* real, const int64_t* row_budgets,         \
+      int64_t stride_h, int64_t stride_d, int64_t stride_e, int64_t width, int64_t batch,        \
+      int64_t kv_heads, int64_t groups, int64_t kv_len, int64_t depth, int64_t threads,           \
+      int64_t budget, int64_t window, int64_t numerator, int64_t denominator, float epsilon,      \
+      int64_t* out) {                                                                             \
+    const Values<scalar> v{static_cast<const scalar*>(value), strides, batch, kv_heads, groups,   \
+                           kv_len, depth, threads};                                               \
+    const Weight<weights> w{static_cast<const weights*>(weight), stride_h, stride_d, stride_e,    \
+                            width};                                                               \
+    const Selection s{base,   real,   row_budgets, kv_heads,    kv_len,                           \
+                      budget, window, numerator,   denominator};                                  \
+    return select_bounded(s, v, w, gram, lost, epsilon, out);                                     \
   }
 EXPORT(float, float)
 EXPORT(bfloat16, float)
@@ -98,11 +287,12 @@ EXPORT(half, float)
 EXPORT(bfloat16, bfloat16)
 EXPORT(half, half)
 """
-)
 
 
 def _library() -> Any:
-    return library(_SOURCE, "projected norms, which are then made by library calls")
+    # One library: its norms then agree to the bit with those of the selection.
+    source = PRELUDE + TILES + SELECTION + _NORMS + _BOUNDED
+    return library(source, "projected norms, which are then made by library calls")
 
 
 def takes(value: Tensor, weight: Tensor) -> bool:
@@ -111,43 +301,84 @@ def takes(value: Tensor, weight: Tensor) -> bool:
     return known and _library() is not None
 
 
-def norms(
-    value: Tensor,
-    weight: Tensor,
-    in_out: bool,
-    heads: int,
-    quadratic: bool,
-    index: Tensor | None = None,
-    counts: Tensor | None = None,
-) -> Tensor:
-    """``sum_e |(v W)_e|`` of each query head, or ``v G v^T`` if ``quadratic``.
+def mean_norms(value: Tensor, weight: Tensor, in_out: bool, heads: int, quadratic: bool) -> Tensor:
+    """The mean over a group's query heads of ``||v W||_1``, or of ``sqrt(v G v^T)``.
 
     Args:
         value: ``[B, Hkv, K, Dv]``, float32, bfloat16 or float16.
         weight: ``[E, H*Dv]``, or ``[H*Dv, E]`` if ``in_out``, float32 or of the value's dtype; the
             Gram matrices ``[H*Dv, Dv]`` if ``quadratic``.
         heads: H.
-        index: ``[B, Hkv, M]`` int64, the entries asked for, all if None; the first ``counts``
-            ``[B, Hkv]`` int64 of each head.
 
     Returns:
-        ``[B, H, M]`` float32, M = K without an index; zero behind ``counts``.
+        ``[B, Hkv, K]`` float32.
     """
-    batch, kv_heads, kv_len, depth = value.shape
-    most = kv_len if index is None else index.shape[2]
-    if counts is None:
-        counts = torch.full((batch, kv_heads), most)
-    out = torch.zeros(batch, heads, most, dtype=torch.float32)
-    stride_d, stride_e = weight.stride() if in_out else weight.stride()[::-1]
-    strides = torch.tensor(value.stride())
-    index = None if index is None else index.contiguous()
-    counts = counts.contiguous()
-    width = weight.shape[1 if in_out else 0]
-    run = getattr(_library(), f"norms_{SUFFIX[value.dtype]}_{SUFFIX[weight.dtype]}")
-    run(
-        *map(pointer, (value, strides, weight, index, counts)),
-        *sizes(stride_d, stride_e, batch, kv_heads, heads // kv_heads, most, depth, width),
-        *sizes(quadratic, torch.get_num_threads()),
+    (batch, kv_heads, kv_len, _), strides = value.shape, torch.tensor(value.stride())
+    out = torch.empty(batch, kv_heads, kv_len, dtype=torch.float32)
+    counts = torch.full((batch * kv_heads,), kv_len)
+    _entry("mean_norms", value, weight)(
+        *map(pointer, (value, strides, weight, counts)),
+        *sizes(*_sizes(value, weight, in_out, heads, quadratic), quadratic),
         pointer(out),
     )
     return out
+
+
+def select_bounded(
+    base: Tensor,
+    value: Tensor,
+    weight: Tensor,
+    in_out: bool,
+    heads: int,
+    gram: Tensor,
+    budget: int,
+    window_size: int,
+    ratio: list[int],
+    epsilon: float,
+    real: Tensor | None,
+    row_budgets: Tensor | None,
+) -> tuple[Tensor, int]:
+    """What a selection by ``(base + epsilon) * ||v W||_1`` keeps, and of how many it made norms.
+
+    Args:
+        gram: the weight's Gram matrices ``[H*Dv, Dv]`` float32.
+        budget: below K.
+
+    Returns:
+        ``[B, Hkv, budget]`` int64, as :func:`ckv_compile.kernels.select.select`.
+    """
+    depth, strides = value.shape[3], torch.tensor(value.stride())
+    # What float32 sums can lose of a quadratic form, twice.
+    rounding = 2 * depth * torch.finfo(torch.float32).eps
+    lost = torch.linalg.vector_norm(gram.view(heads, -1), dim=1) * rounding
+    operands = [
+        None if x is None else x.contiguous() for x in (gram, lost, base, real, row_budgets)
+    ]
+    out = base.new_empty((*base.shape[:2], budget), dtype=torch.int64)
+    run = _entry("select_bounded", value, weight)
+    run.restype = ctypes.c_int64
+    made = run(
+        *map(pointer, (value, strides, weight, *operands)),
+        *sizes(*_sizes(value, weight, in_out, heads), budget, window_size, *ratio),
+        ctypes.c_float(epsilon),
+        pointer(out),
+    )
+    return out, made
+
+
+def _entry(name: str, value: Tensor, weight: Tensor) -> Any:
+    return getattr(_library(), f"{name}_{SUFFIX[value.dtype]}_{SUFFIX[weight.dtype]}")
+
+
+def _sizes(
+    value: Tensor, weight: Tensor, in_out: bool, heads: int, quadratic: bool = False
+) -> tuple[int, ...]:
+    """Strides and width of the weight, lengths of the value, threads: what both functions take."""
+    batch, kv_heads, kv_len, depth = value.shape
+    stride_d, stride_e = weight.stride() if in_out else weight.stride()[::-1]
+    stride_h = depth * stride_d
+    if quadratic:  # symmetric: as rows that need no transposing
+        stride_d, stride_e = stride_e, stride_d
+    lengths = (batch, kv_heads, heads // kv_heads, kv_len, depth)
+    width = weight.shape[1 if in_out else 0]
+    return stride_h, stride_d, stride_e, width, *lengths, torch.get_num_threads()

@@ -15,37 +15,44 @@ _SOURCE = (
     PRELUDE
     + TILES
     + r"""
-// Keys of a task; queries stand side by side in the lanes, padded to whole panels for each head.
+// Keys of a task.
 constexpr int64_t CHUNK = 252;
 static_assert(CHUNK % ROWS == 0, "a chunk is whole tiles");
 
 template <typename scalar>
 struct Window {
-  const float* queries;    // [batch, heads, padded, depth], times the scale
-  const scalar* key;       // [batch, kv_heads, kv_len, depth]
-  const int64_t* strides;  // of the key
-  const int64_t* last_seen;  // [batch, padded]: the last key that each query sees
-  const bool* real;        // [batch, kv_len], or null
-  int64_t kv_heads, groups, padded, depth, kv_len;
-  float softcap;           // 0 for none
+  // A head's queries stand side by side in the lanes: [batch, heads, panels, depth, COLUMNS].
+  const float* queries;
+  const scalar* key;         // [batch, kv_heads, kv_len, depth]
+  const int64_t* strides;    // of the key
+  const int64_t* last_seen;  // [batch, panels * COLUMNS]: the last key that each query sees
+  const bool* real;          // [batch, kv_len], or null
+  int64_t kv_heads, groups, panels, depth, kv_len;
+  float softcap;  // 0 for none
 
   int64_t heads() const { return kv_heads * groups; }
 
-  // A panel [depth][COLUMNS] of a head's queries.
-  void pack(int64_t b, int64_t head, int64_t column, float* panel) const {
-    const float* from = queries + ((b * heads() + head) * padded + column) * depth;
-    for (int64_t q = 0; q < COLUMNS; ++q)
-      for (int64_t d = 0; d < depth; ++d) panel[d * COLUMNS + q] = from[q * depth + d];
+  // Calls f(j, some, panel of the group's, logits of its queries on the `some` keys from j).
+  template <typename function>
+  void for_logits(int64_t pair, int64_t start, int64_t end, float* room, const function& f) const {
+    const int64_t b = pair / kv_heads, count = groups * panels;
+    const scalar* keys = key + b * strides[0] + pair % kv_heads * strides[1];
+    const float* from = queries + pair * count * depth * COLUMNS;
+    vec tile[ROWS][2];
+    for (int64_t j = start; j < end; j += ROWS) {
+      const int64_t some = std::min(ROWS, end - j);
+      copy_rows(keys + j * strides[2], strides[2], strides[3], some, depth, room);
+      for (int64_t panel = 0; panel < count; ++panel) {
+        multiply(room, depth, from + panel * depth * COLUMNS, depth, tile);
+        hide(b, last_seen + (b * panels + panel % panels) * COLUMNS, j, some, tile);
+        f(j, some, panel, tile);
+      }
+    }
   }
 
-  // Logits of a panel's queries on the ROWS keys from `start`, of which `some` are there.
-  void logits(int64_t b, int64_t g, int64_t column, const float* panel, int64_t start,
-              int64_t some, float* room, vec (&out)[ROWS][2]) const {
-    int64_t stride;
-    const float* rows = rows_of(key + b * strides[0] + g * strides[1] + start * strides[2],
-                                strides[2], strides[3], some, depth, room, &stride);
-    multiply(rows, stride, panel, depth, out);
-    const int64_t* last = last_seen + b * padded + column;
+  // The cap, and -inf where a query does not see a key.
+  void hide(int64_t b, const int64_t* last, int64_t start, int64_t some,
+            vec (&out)[ROWS][2]) const {
     int64_t least = last[0];
     for (int64_t q = 1; q < COLUMNS; ++q) least = std::min(least, last[q]);
     for (int64_t r = 0; r < some; ++r) {
@@ -67,49 +74,46 @@ struct Window {
   }
 };
 
+// The larger, and NaN if either is.
+inline float larger(float x, float y) { return x > y || x != x ? x : y; }
+
+// Mean attention of the queries that are asked, the largest of `kernel` neighbours in the prefix,
+// and the mean over the group, [batch, kv_heads, kv_len].
 template <typename scalar>
-void summed(const Window<scalar>& w, const bool* asked, const float* sinks, int64_t batch,
-            int64_t threads, float* out) {
+void scores(const Window<scalar>& w, const bool* asked, const float* sinks, const bool* prefix,
+            int64_t batch, int64_t kernel, int64_t threads, float* out) {
   const int64_t chunks = (w.kv_len + CHUNK - 1) / CHUNK, heads = w.heads();
-  const int64_t tasks = batch * w.kv_heads * chunks, queries = w.groups * w.padded;
+  const int64_t padded = w.panels * COLUMNS, queries = w.groups * padded;
+  const int64_t tasks = batch * w.kv_heads * chunks;
   std::vector<float> largest(tasks * queries), sums(tasks * queries);
-  std::vector<float> lse(batch * heads * w.padded);
+  std::vector<float> lse(batch * heads * padded), attention(batch * heads * w.kv_len);
   #pragma omp parallel num_threads(threads)
   {
-    std::vector<float> panel(w.depth * COLUMNS), room(ROWS * w.depth);
-    vec tile[ROWS][2];
+    std::vector<float> room(ROWS * w.depth), best(CHUNK);
     #pragma omp for schedule(dynamic, 1)
     for (int64_t task = 0; task < tasks; ++task) {
-      const int64_t pair = task / chunks, b = pair / w.kv_heads, g = pair % w.kv_heads;
       const int64_t start = task % chunks * CHUNK, end = std::min(start + CHUNK, w.kv_len);
-      for (int64_t column = 0; column < queries; column += COLUMNS) {
-        const int64_t head = g * w.groups + column / w.padded, at = column % w.padded;
-        w.pack(b, head, at, panel.data());
-        // Not -inf, which nothing can be subtracted from.
-        vec most[2] = {vec{} - 3.0e38f, vec{} - 3.0e38f}, total[2] = {};
-        for (int64_t j = start; j < end; j += ROWS) {
-          const int64_t some = std::min(ROWS, end - j);
-          w.logits(b, g, at, panel.data(), j, some, room.data(), tile);
-          for (int64_t side = 0; side < 2; ++side) {
-            vec top = most[side];
-            for (int64_t r = 0; r < some; ++r)
-              top = top > tile[r][side] ? top : tile[r][side];
-            total[side] *= exp_of_negative(most[side] - top);
-            for (int64_t r = 0; r < some; ++r)
-              total[side] += exp_of_negative(tile[r][side] - top);
-            most[side] = top;
-          }
-        }
+      float *most = &largest[task * queries], *total = &sums[task * queries];
+      // Not -inf, which nothing can be subtracted from.
+      std::fill_n(most, queries, -3.0e38f);
+      const auto add = [&](int64_t, int64_t some, int64_t panel, const vec (&tile)[ROWS][2]) {
         for (int64_t side = 0; side < 2; ++side) {
-          store(&largest[task * queries + column + side * LANES], most[side]);
-          store(&sums[task * queries + column + side * LANES], total[side]);
+          const int64_t at = panel * COLUMNS + side * LANES;
+          const vec before = load(most + at);
+          vec top = before;
+          for (int64_t r = 0; r < some; ++r) top = top > tile[r][side] ? top : tile[r][side];
+          vec sum = load(total + at) * exp_of_negative(before - top);
+          for (int64_t r = 0; r < some; ++r) sum += exp_of_negative(tile[r][side] - top);
+          store(most + at, top);
+          store(total + at, sum);
         }
-      }
+      };
+      w.for_logits(task / chunks, start, end, room.data(), add);
     }
     #pragma omp for
-    for (int64_t i = 0; i < batch * heads * w.padded; ++i) {
+    for (int64_t i = 0; i < batch * heads * padded; ++i) {
       const int64_t pair = i / queries, r = i % queries, b = pair / w.kv_heads;
-      const int64_t head = pair % w.kv_heads * w.groups + r / w.padded;
+      const int64_t head = pair % w.kv_heads * w.groups + r / padded;
       float most = sinks ? sinks[head] : -INFINITY;
       for (int64_t c = 0; c < chunks; ++c)
         most = std::max(most, largest[(pair * chunks + c) * queries + r]);
@@ -119,29 +123,47 @@ void summed(const Window<scalar>& w, const bool* asked, const float* sinks, int6
         sum += sums[at] * std::exp(largest[at] - most);
       }
       // Who is not asked, or sees nothing, adds nothing.
-      const bool counts = asked[b * w.padded + r % w.padded] && !(sum <= 0.0f);
+      const bool counts = asked[b * padded + r % padded] && !(sum <= 0.0f);
       lse[i] = counts ? most + std::log(sum) : INFINITY;
     }
     #pragma omp for schedule(dynamic, 1)
     for (int64_t task = 0; task < tasks; ++task) {
-      const int64_t pair = task / chunks, b = pair / w.kv_heads, g = pair % w.kv_heads;
+      const int64_t pair = task / chunks, b = pair / w.kv_heads;
       const int64_t start = task % chunks * CHUNK, end = std::min(start + CHUNK, w.kv_len);
-      for (int64_t column = 0; column < queries; column += COLUMNS) {
-        const int64_t head = g * w.groups + column / w.padded, at = column % w.padded;
-        w.pack(b, head, at, panel.data());
-        const float* norm = &lse[pair * queries + column];
+      const auto add = [&](int64_t j, int64_t some, int64_t panel, const vec (&tile)[ROWS][2]) {
+        const float* norm = &lse[pair * queries + panel * COLUMNS];
         const vec left = load(norm), right = load(norm + LANES);
-        float* to = out + (b * heads + head) * w.kv_len;
-        for (int64_t j = start; j < end; j += ROWS) {
-          const int64_t some = std::min(ROWS, end - j);
-          w.logits(b, g, at, panel.data(), j, some, room.data(), tile);
-          for (int64_t r = 0; r < some; ++r) {
-            const vec seen =
-                exp_of_negative(tile[r][0] - left) + exp_of_negative(tile[r][1] - right);
-            to[j + r] = (at ? to[j + r] : 0.0f) + sum_of(seen);
-          }
-        }
+        float* to = &attention[(pair * w.groups + panel / w.panels) * w.kv_len + j];
+        for (int64_t r = 0; r < some; ++r)
+          to[r] += sum_of(exp_of_negative(tile[r][0] - left) + exp_of_negative(tile[r][1] - right));
+      };
+      w.for_logits(pair, start, end, room.data(), add);
+      const int64_t count = std::count(asked + b * padded, asked + (b + 1) * padded, true);
+      for (int64_t member = 0; member < w.groups; ++member) {
+        float* to = &attention[(pair * w.groups + member) * w.kv_len];
+        for (int64_t j = start; j < end; ++j)
+          to[j] = !prefix || prefix[b * w.kv_len + j] ? to[j] / std::max(count, int64_t{1})
+                                                       : -INFINITY;
       }
+    }
+    #pragma omp for schedule(dynamic, 1)
+    for (int64_t task = 0; task < tasks; ++task) {
+      const int64_t pair = task / chunks, b = pair / w.kv_heads;
+      const int64_t start = task % chunks * CHUNK, end = std::min(start + CHUNK, w.kv_len);
+      float* to = out + pair * w.kv_len;
+      std::fill(to + start, to + end, 0.0f);
+      for (int64_t member = 0; member < w.groups; ++member) {
+        const float* from = &attention[(pair * w.groups + member) * w.kv_len];
+        std::copy(from + start, from + end, best.begin());
+        for (int64_t by = -(kernel / 2); by <= kernel / 2; ++by) {
+          const int64_t first = std::max(start, -by), last = std::min(end, w.kv_len - by);
+          for (int64_t j = first; j < last; ++j)
+            best[j - start] = larger(from[j + by], best[j - start]);
+        }
+        for (int64_t j = start; j < end; ++j) to[j] += best[j - start];
+      }
+      for (int64_t j = start; j < end; ++j)
+        to[j] = !prefix || prefix[b * w.kv_len + j] ? to[j] / w.groups : 0.0f;
     }
   }
 }
@@ -151,14 +173,14 @@ void summed(const Window<scalar>& w, const bool* asked, const float* sinks, int6
 extern "C" int64_t queries_of_a_panel() { return COLUMNS; }
 
 #define EXPORT(scalar)                                                                            \
-  extern "C" void summed_##scalar(                                                                \
+  extern "C" void scores_##scalar(                                                                \
       const float* queries, const void* key, const int64_t* strides, const int64_t* last_seen,    \
-      const bool* asked, const bool* real, const float* sinks, int64_t batch, int64_t kv_heads,   \
-      int64_t groups, int64_t padded, int64_t depth, int64_t kv_len, int64_t threads,             \
-      float softcap, float* out) {                                                                \
+      const bool* asked, const bool* real, const float* sinks, const bool* prefix, int64_t batch, \
+      int64_t kv_heads, int64_t groups, int64_t panels, int64_t depth, int64_t kv_len,            \
+      int64_t kernel, int64_t threads, float softcap, float* out) {                               \
     const Window<scalar> w{queries,  static_cast<const scalar*>(key), strides, last_seen, real,   \
-                           kv_heads, groups, padded, depth, kv_len, softcap};                     \
-    summed(w, asked, sinks, batch, threads, out);                                                 \
+                           kv_heads, groups, panels, depth, kv_len, softcap};                     \
+    scores(w, asked, sinks, prefix, batch, kernel, threads, out);                                 \
   }
 EXPORT(float)
 EXPORT(bfloat16)
@@ -176,7 +198,7 @@ def takes(key: Tensor, bias: Tensor | None) -> bool:
     return bias is None and key.dtype in SUFFIX and _library() is not None
 
 
-def summed_attention(
+def scores(
     rows: Tensor,
     key: Tensor,
     last_seen: Tensor,
@@ -184,8 +206,10 @@ def summed_attention(
     softcap: float | None,
     real: Tensor | None,
     sinks: Tensor | None,
+    prefix: Tensor | None,
+    kernel_size: int,
 ) -> Tensor:
-    """Attention on every key, summed over the queries that are asked.
+    """Mean attention of the queries that are asked on every key, pooled, mean over the group.
 
     Args:
         rows: ``[B, H, W, D]`` float32, the window's queries times the scale.
@@ -195,23 +219,27 @@ def summed_attention(
         softcap: logits are ``softcap * tanh(logits / softcap)``, or None.
         real: ``[B, K]`` bool, False at keys that nobody sees, or None.
         sinks: ``[H]``, logits of one more key for each head, or None.
+        prefix: ``[B, K]`` bool, the keys that are scored, or None for all; others score 0.
+        kernel_size: neighbours of which the largest counts, odd.
 
     Returns:
-        ``[B, H, K]`` float32.
+        ``[B, Hkv, K]`` float32.
     """
     (batch, heads, window, depth), (kv_heads, kv_len) = rows.shape, key.shape[1:3]
     library = _library()
-    missing = -window % library.queries_of_a_panel()
-    rows = F.pad(rows, (0, 0, 0, missing)).contiguous()
-    last_seen = F.pad(last_seen, (0, missing), value=kv_len).contiguous()
-    asked = F.pad(asked, (0, missing)).contiguous()
-    strides = torch.tensor(key.stride())
-    real = None if real is None else real.contiguous()
-    sinks = None if sinks is None else sinks.float().contiguous()
-    out = rows.new_empty((batch, heads, kv_len))
-    lengths = (batch, kv_heads, heads // kv_heads, window + missing, depth, kv_len)
-    getattr(library, f"summed_{SUFFIX[key.dtype]}")(
-        *map(pointer, (rows, key, strides, last_seen, asked, real, sinks)),
+    columns = library.queries_of_a_panel()
+    missing = -window % columns
+    panels = F.pad(rows, (0, 0, 0, missing)).unflatten(2, (-1, columns)).transpose(3, 4)
+    operands = (
+        panels, key, torch.tensor(key.stride()), F.pad(last_seen, (0, missing), value=kv_len),
+        F.pad(asked, (0, missing)), real, None if sinks is None else sinks.float(), prefix,
+    )  # fmt: skip
+    # The key is read by its strides.
+    held = [x if x is None or x is key else x.contiguous() for x in operands]
+    out = rows.new_empty((batch, kv_heads, kv_len))
+    lengths = (batch, kv_heads, heads // kv_heads, panels.shape[2], depth, kv_len, kernel_size)
+    getattr(library, f"scores_{SUFFIX[key.dtype]}")(
+        *map(pointer, held),
         *sizes(*lengths, torch.get_num_threads()),
         ctypes.c_float(softcap or 0.0),
         pointer(out),
