@@ -178,7 +178,7 @@ class OptimizedForward:
             )
         if self.config.max_entries is not None or self.config.chooses_policies:
             room.watch(cache, self.model)
-        kinds = self._kinds(tokens, cache)
+        kinds = self._kinds(tokens, cache, fresh)
         cutting = cuts(self.config, cache, q_len, fresh=fresh)
         if not fresh and q_len > 1:
             why = why_whole(self.config, cache)
@@ -194,9 +194,9 @@ class OptimizedForward:
             room.finish_prompt(cache)
         return result
 
-    def _kinds(self, tokens: Any, cache: Any) -> Tensor | None:
+    def _kinds(self, tokens: Any, cache: Any, fresh: bool) -> Tensor | None:
         """What policies choose by, of the tail's tokens and these; None without policies."""
-        if not self.config.chooses_policies:
+        if not self.config.chooses_policies or not (fresh or cache_room().has_policies(cache)):
             return None
         if tokens is None or tokens.is_floating_point():
             raise ValueError("method='fastgen' tells tokens apart by their ids; pass input_ids")

@@ -2,25 +2,26 @@
 
 One uncompiled pass serves every method, budget and allocation: it shows each attention to them, and
 their caches are cut out of the full one. A test holds these against what ``optimize`` leaves. Heads
-of different lengths are read as an optimised model reads them.
+of different lengths are read as an optimised model reads them. Policies that are applied again
+while tokens follow are left to the library as a whole: their text is read once more.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..cache import is_packed
 from ..config import EvictionConfig
 from ..methods.base import Scores
+from ..policies import kinds_of
 from ..runtime import OptimizedForward, Region
-from .caches import cut, cut_packed, fresh_cache, layers_of, uncut_layers
-from .candidates import Candidate, Spec
+from .caches import cut, cut_packed, fresh_cache, held_by_policies, layers_of, uncut_layers
+from .candidates import NO_KINDS, Candidate, Spec
 from .probe import Seen, Watcher
 from .ragged import check_packable, kept_masks
 from .tasks import Prompt
@@ -28,6 +29,7 @@ from .tasks import Prompt
 REGULAR, CONTEXT_ONLY = "regular", "context-only"
 # A budget and a method; None is the full cache.
 Cache = tuple[Spec, Candidate | None]
+Call = Callable[..., Any]
 # What is kept by layer: positions [1, Hkv, b]; or [1, Hkv, K] bool, if heads differ.
 Kept = dict[int, Tensor]
 # Packed caches that answer as one batch: what they hold has to fit the memory.
@@ -56,9 +58,12 @@ class Asker:
         fresh_cache(model)  # says what is wrong with the model before anything is read
         self.model, self.tokenizer = model, tokenizer
         self.watcher = Watcher(model)
-        config = EvictionConfig(1.0, lowering="eager")
         # What stands before an optimised model; here it reads packed caches and cuts none.
-        self.packed = OptimizedForward(model, config, Region(model, config))
+        self.packed = self._optimized(EvictionConfig(1.0, lowering="eager"))
+        self.by_policies: dict[EvictionConfig, OptimizedForward] = {}
+
+    def _optimized(self, config: EvictionConfig) -> OptimizedForward:
+        return OptimizedForward(self.model, config, Region(self.model, config))
 
     @torch.no_grad()
     def answers(
@@ -76,27 +81,65 @@ class Asker:
         context, question = torch.tensor([prompt.context_ids]), torch.tensor([prompt.question_ids])
         regular = setting == REGULAR
         ids = torch.cat([context, question], dim=1) if regular else context
-        full, kept, logits = self._read(ids, caches)
         right = torch.tensor([prompt.right_ids])
+        asked = (None if regular else question, right, max_new_tokens)
+        shared = [one for one in caches if not _has_policies(one)]
         room = question.shape[1] + max(right.shape[1], max_new_tokens)
-        packs = any(_packs(one) for one in caches)
-        for rows in _batches(caches, packs):
+        packs = any(_packs(one) for one in shared)
+        if shared:
+            full, kept, logits = self._read(ids, shared)
+        for rows in _batches(shared, packs):
             keep = {i: torch.cat([kept[_name(one)][i] for one in rows]) for i in kept[_FULL]}
-            last = logits.expand(len(rows), -1)
             cache = (cut_packed if packs else cut)(full, keep, ids.shape[1], room)
-            if not regular:
-                last = self._logits(cache, question.expand(len(rows), -1), 1)[:, -1]
-            losses = self._losses(cache, last, right)
-            texts = self._generate(cache, last, max_new_tokens)
-            sizes = _sizes(full, keep)
-            for one, text, loss, size in zip(rows, texts, losses, sizes, strict=True):
+            call = self.packed if packs else self.model._call_impl
+            found = self._asked(call, cache, logits.expand(len(rows), -1), *asked)
+            for one, size, reply in zip(rows, _sizes(full, keep), found, strict=True):
+                yield Reply(one, *reply, *size)
+        for one in caches:
+            if one not in shared:
+                call, cache = self._with_policies(one), fresh_cache(self.model)
+                logits = self._logits(call, cache, ids, 1)[:, -1]
+                size = held_by_policies(cache)
+                ((text, loss),) = self._asked(call, cache, logits, *asked)
                 yield Reply(one, text, loss, *size)
+
+    def _with_policies(self, cache: Cache) -> OptimizedForward:
+        """The model under these policies, which knows its tokenizer's kinds of tokens."""
+        assert cache[1] is not None
+        config = cache[1].config
+        if config not in self.by_policies:
+            known = config
+            if config.token_kinds == NO_KINDS:
+                known = dataclasses.replace(config, token_kinds=kinds_of(self.tokenizer))
+            forward = self.by_policies[config] = self._optimized(known)
+            forward.warned.add("packed")  # questions are kept whole, as they are for all methods
+        return self.by_policies[config]
+
+    def _asked(
+        self,
+        call: Call,
+        cache: Any,
+        logits: Tensor,
+        question: Tensor | None,
+        right: Tensor,
+        most: int,
+    ) -> list[tuple[str, float]]:
+        """What each row of ``cache`` answers, and its loss; the cache is used up.
+
+        Args:
+            logits: ``[M, V]`` behind what the cache has seen.
+            question: ``[1, t]``, still to be read.
+        """
+        if question is not None:
+            logits = self._logits(call, cache, question.expand(len(logits), -1), 1)[:, -1]
+        losses = self._losses(call, cache, logits, right)
+        return list(zip(self._generate(call, cache, logits, most), losses, strict=True))
 
     def _read(self, ids: Tensor, caches: Sequence[Cache]) -> tuple[Any, Mapping[str, Kept], Tensor]:
         """The full cache, what each of ``caches`` keeps of it, and the last logits ``[1, V]``."""
         cache, length = fresh_cache(self.model), ids.shape[1]
         found: dict[str, dict[str, Tensor]] = {}
-        competing: dict[Candidate, dict[str, Scores]] = {
+        competing: dict[Candidate, dict[str, tuple[Scores, list[Tensor]]]] = {
             one: {} for _, one in caches if one is not None and one.config.packs
         }
         addresses: dict[str, int] = {}
@@ -111,7 +154,8 @@ class Asker:
                     positions = one.keeps(seen, config, config.entries(length))
                     found[seen.name][_name((budget, one))] = positions
             for one, by_site in competing.items():
-                by_site[seen.name] = seen.scores(one.config)
+                weighed = [seen.preference(one.config)] if one.config.weighs_layers else []
+                by_site[seen.name] = seen.scores(one.config), weighed
 
         inputs = {"past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
         done = self.watcher(visit, input_ids=ids, **inputs)
@@ -132,17 +176,18 @@ class Asker:
             kept = {name: _as_masks(one, length) for name, one in kept.items()}
         for budget, one in caches:
             if one is not None and one.config.packs:
-                masks = kept_masks([competing[one][site] for site in layers], one.at(budget))
+                scores, weighed = zip(*(competing[one][site] for site in layers), strict=True)
+                masks = kept_masks(scores, one.at(budget), list(itertools.chain(*weighed)))
                 kept[_name((budget, one))] = dict(zip(layers.values(), masks, strict=True))
         return cache, kept, done.logits[:, -1]
 
-    def _logits(self, cache: Any, ids: Tensor, count: int) -> Tensor:
+    def _logits(self, call: Call, cache: Any, ids: Tensor, count: int) -> Tensor:
         """Of the last ``count`` of ``ids`` ``[M, t]`` behind ``cache``, or, for 0, of all."""
-        call = self.packed if is_packed(cache) else self.model._call_impl
         inputs = {"past_key_values": cache, "use_cache": True, "logits_to_keep": count}
-        return call(input_ids=ids, **inputs).logits
+        logits: Tensor = call(input_ids=ids, **inputs).logits
+        return logits
 
-    def _losses(self, cache: Any, logits: Tensor, right: Tensor) -> list[float]:
+    def _losses(self, call: Call, cache: Any, logits: Tensor, right: Tensor) -> list[float]:
         """Nats per token of the ``right`` answer ``[1, t]``; ``logits`` ``[M, V]`` of its first.
 
         The cache is left as it was.
@@ -150,12 +195,12 @@ class Asker:
         right = right.expand(len(logits), -1)
         every, fed = logits[:, None], right.shape[1] - 1
         if fed:
-            every = torch.cat([every, self._logits(cache, right[:, :-1], 0)], dim=1)
+            every = torch.cat([every, self._logits(call, cache, right[:, :-1], 0)], dim=1)
             cache.crop(-fed)
         each = every.float().log_softmax(-1).gather(2, right[..., None])
         return (-each[..., 0].mean(1)).tolist()
 
-    def _generate(self, cache: Any, logits: Tensor, most: int) -> list[str]:
+    def _generate(self, call: Call, cache: Any, logits: Tensor, most: int) -> list[str]:
         """One greedy answer for each row, up to an end-of-text token; the cache is used up."""
         ends = self.model.generation_config.eos_token_id
         ends = torch.tensor([] if ends is None else ends).reshape(-1)
@@ -165,7 +210,7 @@ class Asker:
         last = logits.argmax(-1)
         for step in range(most):
             if step:
-                last = self._logits(cache, last[:, None], 1)[:, -1].argmax(-1)
+                last = self._logits(call, cache, last[:, None], 1)[:, -1].argmax(-1)
             for row, token, ended in zip(going.tolist(), last.tolist(), over.tolist(), strict=True):
                 if not ended:
                     tokens[row].append(token)
@@ -190,6 +235,10 @@ def _name(one: Cache) -> str:
 
 def _packs(cache: Cache) -> bool:
     return cache[1] is not None and cache[1].config.packs
+
+
+def _has_policies(cache: Cache) -> bool:
+    return cache[1] is not None and cache[1].config.chooses_policies
 
 
 def _batches(caches: Sequence[Cache], packs: bool) -> Iterator[list[Cache]]:

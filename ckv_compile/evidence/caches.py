@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..cache import EvictedCache, EvictedLayer, PackedKV
+from ..cache.evicted import evicted_layers
 from ..sizes import TAIL, sized
 
 
@@ -92,6 +93,22 @@ def cut_packed(
         packed = PackedKV(layer.keys[0, heads, places], layer.values[0, heads, places], cu_kv_lens)
         new.layers[i].packed = packed
     return new
+
+
+def held_by_policies(cache: EvictedCache) -> tuple[int, int]:
+    """Entries per KV head, the mean, and their bytes behind a prompt under policies.
+
+    What the policies note of each entry counts.
+    """
+    entries = heads = nbytes = 0
+    for layer in evicted_layers(cache):
+        assert layer.packed is not None
+        own, packed = layer.packed.lengths.numel(), int(layer.packed.lengths.sum())
+        entry = layer.packed.keys[0].nbytes + layer.packed.values[0].nbytes
+        noted = sum(part[0].nbytes for part in layer.packed.beside)
+        entries, heads = entries + packed + own * TAIL, heads + own
+        nbytes += (packed + own * TAIL) * entry + packed * noted
+    return entries // heads, nbytes
 
 
 def _last(mask: Tensor) -> Tensor:

@@ -9,10 +9,12 @@ from typing import Any
 from torch import Tensor
 
 from ..config import EvictionConfig
-from ..registry import METHODS
+from ..policies import TokenKinds
+from ..registry import METHODS, POLICY_METHODS
 from .probe import Seen
 
 Spec = float | int | str
+NO_KINDS = TokenKinds(())
 # Positions kept of an attention with these options, [B, Hkv, budget].
 Keeps = Callable[[Seen, EvictionConfig, int], Tensor]
 
@@ -33,15 +35,6 @@ class Candidate:
             self._refuse("max_entries", None)
         if self.config.packs and self.keeps is not Seen.kept:
             self._refuse("allocation", "uniform")
-        if self.config.weighs_layers:
-            self._refuse("allocation", "another one")
-        if self.config.chooses_policies:
-            self._refuse("method", "one with a budget")
-        if self.config.reads_rotation:
-            raise ValueError(
-                f"{self.label}: method={self.config.method!r} is not measured here: it reads "
-                f"queries from before their rotary embedding, which a compiled prefill alone shows"
-            )
 
     def _refuse(self, name: str, taken: Any) -> None:
         given = getattr(self.config, name)
@@ -53,18 +46,28 @@ class Candidate:
         Raises:
             ValueError: heads compete for the budget.
         """
+        if self.config.chooses_policies:
+            self._refuse("method", "one with a budget")
         if self.config.packs:
             self._refuse("allocation", "uniform")
         return self
 
     def at(self, budget: Spec) -> EvictionConfig:
+        if self.config.chooses_policies:
+            return self.config
         return dataclasses.replace(self.config, budget=budget)
+
+    @property
+    def own_budget(self) -> Spec | None:
+        """What stands for the budget of policies, which take none; None for all others."""
+        config = self.config
+        return f"recovery {config.recovery:g}" if config.chooses_policies else None
 
     @property
     def options(self) -> str:
         """All that decides what is kept, but for the budget."""
         skipped = {"budget", "lowering", "mode", "later_turns", "rewrite_gqa", "share_regions"}
-        skipped |= {"recovery", "token_kinds"}  # of methods that are not measured
+        skipped |= {"token_kinds"} if self.config.chooses_policies else {"recovery", "token_kinds"}
         fields = [f.name for f in dataclasses.fields(self.config) if f.name not in skipped]
         parts = [f"{name}={getattr(self.config, name)}" for name in fields]
         return ", ".join(parts)
@@ -74,13 +77,11 @@ def every_candidate() -> tuple[str, ...]:
     """Every registered method with "uniform", "adakv" and, where it applies, "global" shares."""
     found = []
     for name, method in METHODS.items():
-        if method.reads_rotation:
-            continue  # see Candidate
         # Only scores that are shares of a layer's compare between layers, see EvictionConfig.
         globally = method.base or name == "criticalkv"
         found += [name, f"{name}:allocation=adakv"]
         found += [f"{name}:allocation=global"] if globally else []
-    return tuple(found)
+    return (*found, *POLICY_METHODS)
 
 
 Methods = Sequence[str] | Sequence[Candidate] | Mapping[str, Mapping[str, Any]]
@@ -100,7 +101,9 @@ def candidates_of(methods: Methods, **options: Any) -> tuple[Candidate, ...]:
             found.append(one)
             continue
         given = methods[one] if isinstance(methods, Mapping) else {"method": one}
-        config = EvictionConfig.from_options({**options, **given, "lowering": "eager"})
+        # The tokenizer's, once there is one: see Asker.
+        kinds = {"token_kinds": NO_KINDS} if given.get("method") in POLICY_METHODS else {}
+        config = EvictionConfig.from_options({**kinds, **options, **given, "lowering": "eager"})
         found.append(Candidate(one, config))
     if not found:
         raise ValueError("methods is empty; it takes at least one name")

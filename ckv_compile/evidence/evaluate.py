@@ -91,7 +91,9 @@ class Plan:
         """Over what to answer; the full cache in the first setting alone."""
         if setting == self.settings[0]:
             yield 1.0, None
-        yield from itertools.product(self.budgets, self.candidates)
+        free = [one for one in self.candidates if one.own_budget is None]
+        yield from itertools.product(self.budgets, free)
+        yield from ((one.own_budget, one) for one in self.candidates if one.own_budget is not None)
 
     def key(self, asked: tuple[str, int, int], setting: str, cache: Cache) -> tuple[Any, ...]:
         """``Answer.key`` of the answer over this cache."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from ..config import EvictionConfig
 from ..inputs import mark_dynamic, tokens_of
@@ -19,6 +19,7 @@ from ..methods.base import ScoreInputs, Scores, scores_of
 from ..passes.einsum import spell_out_einsums
 from ..passes.match import match_sites
 from ..passes.projections import insert_weight
+from ..passes.rotation import Rotation, rotation_of, turn_queries
 from ..site import AttentionSite, Rejection
 
 
@@ -46,6 +47,9 @@ class Remembered(ScoreInputs):
     def attention_rows(self, reduce: str, *args: Any, **options: Any) -> Tensor:
         key = ("rows", self.config.window_size, reduce, args, *sorted(options.items()))
         return self._once(key, functools.partial(super().attention_rows, reduce, *args, **options))
+
+    def layer_preference(self) -> Tensor:
+        return self._once(("preference", self.config.window_size), super().layer_preference)
 
     def _once(self, key: Any, compute: Callable[[], Tensor]) -> Tensor:
         if key not in self.memo:
@@ -77,7 +81,10 @@ class Seen:
         inputs = self.inputs
         query, key, value = (x[:, :, :length] for x in (inputs.query, inputs.key, inputs.value))
         bias = None if inputs.bias is None else _cut_bias(inputs.bias, length)
-        shorter = dataclasses.replace(inputs, query=query, key=key, value=value, bias=bias, memo={})
+        # Other positions would follow a shorter prompt.
+        shorter = dataclasses.replace(
+            inputs, query=query, key=key, value=value, bias=bias, expected=None, memo={}
+        )
         cached = (self.cached[0][:, :, :length], self.cached[1][:, :, :length])
         return dataclasses.replace(self, inputs=shorter, cached=cached)
 
@@ -89,6 +96,10 @@ class Seen:
     def scores(self, config: EvictionConfig) -> Scores:
         """What the method gives each entry, ``[B, Hkv, K]``."""
         return scores_of(config.method, dataclasses.replace(self.inputs, config=config))
+
+    def preference(self, config: EvictionConfig) -> Tensor:
+        """What the layer asks of a common budget, ``[B]``."""
+        return dataclasses.replace(self.inputs, config=config).layer_preference()
 
     def first_stage(self, config: EvictionConfig, budget: int) -> Tensor:
         """What attention alone has chosen before values are looked at; all of it without norms."""
@@ -148,8 +159,11 @@ class Watcher:
         spell_out_einsums(gm)
         sites, rejections = match_sites(gm, training=self.model.training)
         sites = tuple(site for site in sites if site.phase == "prefill")
+        # Where a rotation is not understood, a method that reads it says so when it is asked.
+        turned = [site for site in sites if isinstance(rotation_of(gm, site), Rotation)]
+        expected = turn_queries(gm, turned, "prefill")
         for site in sites:
-            _insert(gm, site, self)
+            _insert(gm, site, self, expected.get(site.sdpa))
         gm.graph.lint()
         gm.recompile()
         known = {site.name for site in self.sites}
@@ -187,7 +201,7 @@ class _Probe(nn.Module):
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, weight: Tensor, scale: Any, softcap: Any,
         cached: tuple[Tensor, Tensor], biases: tuple[Tensor, ...], sinks: Tensor | None,
-        adapters: Any,
+        adapters: Any, expected: Tensor | None,
     ) -> None:  # fmt: skip
         (watcher,) = self.held
         if watcher.visit is _ignore:
@@ -197,12 +211,12 @@ class _Probe(nn.Module):
             query, key, value, weight, self.in_out, scale, softcap,
             EvictionConfig(lowering="eager"),
             bias=sum(with_heads(bias, heads) for bias in biases) if biases else None,
-            sinks=sinks, adapters=adapters,
+            sinks=sinks, adapters=adapters, expected=expected,
         )  # fmt: skip
         watcher.visit(Seen(self.path, inputs, cached, self.latent))
 
 
-def _insert(gm: GraphModule, site: AttentionSite, watcher: Watcher) -> None:
+def _insert(gm: GraphModule, site: AttentionSite, watcher: Watcher, expected: Node | None) -> None:
     """``ckv_probe_i(query, key, value, W_O, ..)`` behind the site's projection."""
     assert site.projection is not None
     name = f"ckv_probe_{site.index}"
@@ -213,4 +227,4 @@ def _insert(gm: GraphModule, site: AttentionSite, watcher: Watcher) -> None:
         read = (site.key, site.value) if site.latent else cached
         biases = tuple(bias.node for bias in site.biases)
         args = (site.query, *read, weight, site.scale, site.softcap, cached, biases)
-        gm.graph.call_module(name, (*args, site.sinks, adapters))
+        gm.graph.call_module(name, (*args, site.sinks, adapters, expected))

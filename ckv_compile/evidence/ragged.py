@@ -17,13 +17,16 @@ from ..site import AttentionSite
 from ..sizes import TAIL
 
 
-def kept_masks(layers: Sequence[Scores], config: EvictionConfig) -> list[Tensor]:
+def kept_masks(
+    layers: Sequence[Scores], config: EvictionConfig, preferences: Sequence[Tensor] = ()
+) -> list[Tensor]:
     """Which entries of a prompt stay in each layer, ``[B, Hkv, K]`` bool.
 
     The library's own two steps, as ``PackKV`` takes them: each head's budget, and then its best.
 
     Args:
         layers: the scores of all layers that are cut, in the model's order.
+        preferences: what each of them asks for, ``[B]``, where the allocation weighs layers.
     """
     bases = [scores.base for scores in layers]
     batch, _, kv_len = bases[0].shape
@@ -31,7 +34,10 @@ def kept_masks(layers: Sequence[Scores], config: EvictionConfig) -> list[Tensor]
     rows = torch.full((batch,), config.entries(kv_len))
     table = config.head_scores
     flat = None if table is None else tuple(score for row in table for score in row)
-    window, shares = max(config.window_size, TAIL), Shares(config.safeguard, flat)
+    window, shares = (
+        max(config.window_size, TAIL),
+        Shares(config.safeguard, flat, torch.stack(list(preferences), 1) if preferences else None),
+    )
     budgets = head_budgets(bases, rows, window, real, config.allocation, shares)
     share = exact_share(config.first_stage_ratio)
     stages = (window, (share.numerator, share.denominator), config.epsilon)

@@ -204,7 +204,7 @@ def _summed_attention(
 
     Only the logits of a block of keys exist at a time, and they are made twice.
     """
-    (batch, heads, q_len, head_dim), (kv_heads, kv_len) = query.shape, key.shape[1:3]
+    (batch, heads, q_len, _), (kv_heads, kv_len) = query.shape, key.shape[1:3]
     first = kv_len - q_len if causal else 0
     summed = query.new_empty((batch, heads, kv_len), dtype=torch.float32)
     step = max(_BLOCK_BYTES // (4 * heads * window.shape[1]), 64)

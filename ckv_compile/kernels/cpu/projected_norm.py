@@ -175,7 +175,9 @@ int64_t select_bounded(const Selection& s, const Values<scalar>& v, const Weight
   bool* kept = reinterpret_cast<bool*>(kept_of.data());
   bounds(v, gram, lost, w.width, highest.data());
 
-  const auto attention = [&](int64_t pair, int64_t i) { return s.base[pair * kv_len + i] + epsilon; };
+  const auto attention = [&](int64_t pair, int64_t i) {
+    return s.base[pair * kv_len + i] + epsilon;
+  };
   const auto is_open = [&](int64_t pair, int64_t i) {
     return s.is_real(pair, i) && !kept[pair * kv_len + i];
   };
