@@ -14,6 +14,9 @@ from models import prompt, smollm2
 
 import ckv_compile
 
+# By default glibc's allocator keeps what was freed, more or less of it from run to run.
+NOTHING_KEPT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+
 
 def child(budget: str, layers: int, length: int) -> dict[str, int]:
     """Of one prefill after a short one, which compiles and fills the allocator's pools."""
@@ -44,7 +47,7 @@ def main() -> None:
     cases = [(n, budget) for n in lengths for budget in ("plain", "1.0", "0.2", "0.1")]
     for length, budget in watched(cases, "memory"):
         command = [sys.executable, __file__, "--child", budget, str(options.layers), str(length)]
-        environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads)}
+        environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads), **NOTHING_KEPT}
         output = subprocess.run(
             command, env=environment, capture_output=True, text=True, check=True
         )

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..sizes import TAIL
@@ -17,9 +16,7 @@ def kinds_held(cache: Any, kinds: Tensor) -> Tensor:
     layer = first_layer(cache)
     if layer is None or layer.kinds is None:
         return kinds
-    # Plain, if another configuration has added tokens meanwhile and told nobody.
-    before = F.pad(layer.kinds, (0, layer.held - layer.kinds.shape[1]))
-    return torch.cat([before, kinds], dim=1)
+    return torch.cat([layer.kinds, kinds], dim=1)
 
 
 def note_kinds(cache: Any, kinds: Tensor, plan: Any) -> None:

@@ -126,6 +126,27 @@ def test_negative_attention_selects_the_same() -> None:
     assert torch.equal(select.select(base - 0.5, unmade, *options), expected)
 
 
+@SETTINGS
+@given(st.data(), st.integers(1, 3), st.integers(2, 90), st.sampled_from([1, 8, 64]), st.booleans())
+def test_no_sort_selects_what_a_sort_does(
+    data: st.DataObject, batch: int, kv_len: int, window_size: int, stages: bool
+) -> None:
+    """Library calls where there is no compiler: ties, pads, and what is no ordinary number."""
+    hostile = [0.0, -0.0, float("nan"), float("inf"), -float("inf"), -1.0, 1e-42, 0.5, 0.5]
+    draws = st.lists(st.sampled_from(hostile), min_size=kv_len, max_size=kv_len)
+    base, scores = (
+        torch.tensor([[data.draw(draws) for _ in range(2)] for _ in range(batch)]) for _ in range(2)
+    )
+    budget, real, row_budgets = data.draw(st.integers(1, kv_len - 1)), None, None
+    if data.draw(st.booleans()):
+        lengths = torch.tensor([data.draw(st.integers(0, kv_len)) for _ in range(batch)])
+        real = torch.arange(kv_len) >= kv_len - lengths[:, None]
+        row_budgets = lengths.clamp(max=budget)
+    options = (budget, window_size, [1, 3], real, row_budgets)
+    expected = select._chosen(base, scores if stages else None, *options)
+    assert torch.equal(cpu_select.choose(base, scores if stages else None, *options), expected)
+
+
 def test_few_norms_are_made() -> None:
     base, unmade = wide()
     assert unmade.weight is not None
