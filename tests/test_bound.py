@@ -94,6 +94,7 @@ def test_a_bound_that_is_never_reached_changes_nothing():
     assert torch.equal(generated(model, ids, 30).sequences, generated(tiny(), ids, 30).sequences)
 
 
+@pytest.mark.slow
 def test_padded_rows_are_the_rows_alone():
     """Each row is cut by its own tokens, whatever the row beside it has seen."""
     model = ckv_compile.optimize(tiny(), 1.0, **OPTIONS)

@@ -95,9 +95,8 @@ def test_a_padded_row_generates_what_it_generates_alone(model, lengths, budget):
         assert torch.equal(out.sequences[row, 90:], tokens[0]), (row, length)
 
 
-@pytest.mark.parametrize(
-    "lowering", [pytest.param("aot_eager", marks=pytest.mark.slow), "inductor"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("lowering", ["aot_eager", "inductor"])
 def test_a_compiled_padded_batch_generates_the_same(lowering):
     """Masks, row budgets and the cache's gap as inputs of generated code; two turns."""
     model = ckv_compile.optimize(tiny(), 0.5, lowering=lowering)
@@ -207,7 +206,9 @@ def test_padding_costs_two_graphs_for_all_lengths():
 # --- turns
 
 
-@pytest.mark.parametrize("given", [DynamicCache, EvictedCache])
+@pytest.mark.parametrize(
+    "given", [pytest.param(DynamicCache, marks=pytest.mark.slow), EvictedCache]
+)
 def test_second_turn_with_full_budget(model, given):
     """generate slices a longer prompt by the cache's length: the logical one, or tokens repeat."""
     ckv_compile.optimize(model, 1.0, lowering="eager")

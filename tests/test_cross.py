@@ -24,7 +24,7 @@ def text(n=LENGTH):
     return torch.randint(3, 80, (1, n), generator=torch.Generator().manual_seed(n))
 
 
-@pytest.fixture(scope="module", params=["bart", "t5"])
+@pytest.fixture(scope="module", params=["bart", pytest.param("t5", marks=pytest.mark.slow)])
 def plain(request):
     model = build("seq2seq", request.param)
     config = model.generation_config

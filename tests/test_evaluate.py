@@ -97,7 +97,8 @@ def test_a_text_that_cannot_be_so_short_is_an_error(asker):
         sample_of("needle", asker.tokenizer, 50, 0)
 
 
-@pytest.mark.parametrize("method", [pytest.param("snapkv", marks=pytest.mark.slow), "criticalkv"])
+@pytest.mark.parametrize("method", ["snapkv", "criticalkv"])
+@pytest.mark.slow
 def test_answers_are_those_of_the_optimised_model(asker, folder, method):
     """Caches are cut out of one reading: they must be those that optimize and compress leave."""
     prompt = sample_of("single", asker.tokenizer, LENGTH, 0)[1]

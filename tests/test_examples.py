@@ -129,6 +129,7 @@ def assert_one_line(code: object, stderr: str, message: str) -> None:
     assert re.match(f"needle.py: error: {message}", ours[0]), stderr
 
 
+@pytest.mark.slow
 def test_the_table_has_a_row_for_each_budget(folder: Path, text: Path) -> None:
     """Two layers, two KV heads of 16 float32 each: 512 bytes an entry, measured from the cache."""
     done = needle("--lowering", "eager", "--model", folder, "--text", text)

@@ -123,7 +123,8 @@ def test_the_same_of_other_families(family: str) -> None:
     check(model, ckv_compile.optimize(copy.deepcopy(model), 0.3, **OPTIONS))
 
 
-@pytest.mark.parametrize("side", ["left", pytest.param("right", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("side", ["left", "right"])
 def test_padded_rows_are_the_rows_alone(optimised: Any, side: str) -> None:
     """Prevents pads among the queries, and positions that follow a pad's."""
     ids, lengths = prompt(40, batch=2), (40, 25)

@@ -425,6 +425,7 @@ def test_decomposed_after_the_cut(plain):
         torch.testing.assert_close(got, one)
 
 
+@pytest.mark.slow
 def test_functional_form_is_read_as_well(llama):
     cut = ckv_compile.optimize(llama.run_decompositions({}), budget=0.5)
     want = run(ckv_compile.optimize(llama, budget=0.5), prompt(90))

@@ -100,7 +100,14 @@ def _lowering(model):
     return model._compiled_call_impl.config.lowering
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+# Of all architectures a sample is run by test_coverage.
+@pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param(name, marks=[] if name in ("llama", "gemma2", "gpt2") else pytest.mark.slow)
+        for name in FAMILIES
+    ],
+)
 def test_family_with_full_budget(family):
     """budget=1.0 must be the unmodified model, token for token, in every family."""
     model = tiny(family)
@@ -148,7 +155,9 @@ def test_methods_and_norms_differ_as_the_oracle_says(method, norm):
         torch.testing.assert_close(layer.keys, oracle.keys)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)]
+)
 def test_low_precision_generates(dtype):
     """Scores in half precision overflow or tie; ours are float32 whatever the model is."""
     model = ckv_compile.optimize(tiny().to(dtype), 0.5, lowering="eager")

@@ -54,6 +54,7 @@ def assert_rows_are_as_alone(model, lengths, n, held=None):
             torch.testing.assert_close(logits[row], right[0], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_short_row_keeps_what_its_sliding_layers_hold():
     """They read the same mask: it hid of a row what the cut layers had lost (20 keep 5 of 16)."""
     model = ckv_compile.optimize(tiny("gemma2"), 0.4, window_size=4, lowering="eager")
@@ -62,6 +63,7 @@ def test_a_short_row_keeps_what_its_sliding_layers_hold():
 
 
 @pytest.mark.filterwarnings("ignore:ckv_compile. no attention")
+@pytest.mark.slow
 def test_a_row_cut_below_a_sliding_window_leaves_the_batch_whole():
     """Of 40 tokens 5 would stay where the sliding layer still attends to 16: wrong, silently."""
     plain = tiny("gemma2")

@@ -51,8 +51,9 @@ def over(*allocations: object):
 
 # Those that look at no scores differ from the others in numbers alone.
 ALL = ["adakv", "global", *(pytest.param(name, marks=pytest.mark.slow) for name in ALLOCATIONS[2:])]
-# The allocation that weighs layers is in the fast tests once.
-WEIGHED = ["adakv", "global", pytest.param("cake", marks=pytest.mark.slow)]
+# The allocation that weighs layers is fast in test_ragged_evidence.
+CAKE = pytest.param("cake", marks=pytest.mark.slow)
+WEIGHED = ["adakv", pytest.param("global", marks=pytest.mark.slow), CAKE]
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +68,7 @@ def at(packed, budget: float):
     return ckv_compile.optimize(model, budget, **options_of(allocation))
 
 
-@over(*ALL[:2], "cake", *ALL[3:])
+@over(*ALL[:2], CAKE, *ALL[3:])
 @pytest.mark.parametrize("budget", [0.4, 0.7])
 def test_entries_and_tokens_are_the_oracles(packed, budget):
     """Shapes alone prove nothing: entries by head, and the tokens that they lead to."""
@@ -155,7 +156,7 @@ def test_a_second_turn_sees_prompt_and_answer(packed):
     assert torch.equal(answers["cut"], answers["plain"])
 
 
-@over("adakv", "global")
+@over(*WEIGHED[:2])
 def test_questions_on_one_context_crop_save_and_load(packed, tmp_path):
     """A context is read once, answered on, cropped, saved and loaded: always the same answer."""
     model = at(packed, 0.5)

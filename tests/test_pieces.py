@@ -166,6 +166,7 @@ def test_a_question_behind_a_compressed_context_is_kept_whole(half):
     assert cache.layers[0].held == 45 + 50 and cache.get_seq_length() == 140
 
 
+@pytest.mark.slow
 def test_a_model_with_other_heads_in_the_same_process_changes_nothing():
     """Dynamo learns from all models of a process which sizes vary: head counts must not."""
     for family in ("llama", "gpt_neox", "llama"):

@@ -65,7 +65,13 @@ def answers(model, texts):
     return [(out.sequences.tolist(), held_and_seen(out)) for out in outs]
 
 
-@pytest.mark.parametrize("budgets", [(0.3, 0.6), (0.5, 0.5)], ids=["two models", "one model"])
+@pytest.mark.parametrize(
+    "budgets",
+    [
+        pytest.param((0.3, 0.6), marks=pytest.mark.slow, id="two models"),
+        pytest.param((0.5, 0.5), id="one model"),
+    ],
+)
 @pytest.mark.parametrize("warm", [pytest.param(True, marks=pytest.mark.slow), False])
 @pytest.mark.filterwarnings("error:ckv_compile. the recompile limit")
 def test_two_threads_get_what_each_gets_alone(budgets, warm):
@@ -202,6 +208,7 @@ def test_copies_of_a_cache_go_on_apart(fragile, way, options, tmp_path):
     assert alike(cache, alone) and alike(copied, alone)
 
 
+@pytest.mark.slow
 def test_a_model_moved_to_another_dtype_is_compiled_anew():
     """Code or buffers of the old dtype would compute in it, or refuse the new one."""
     model, ids = optimized(tiny()), prompt(90, batch=2)

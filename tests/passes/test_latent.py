@@ -200,7 +200,9 @@ def broken(model):
     return model
 
 
-@pytest.mark.parametrize("budget", [1.0, 0.5, 50])
+@pytest.mark.parametrize(
+    "budget", [*(pytest.param(b, marks=pytest.mark.slow) for b in (1.0, 50)), 0.5]
+)
 def test_a_graph_behind_a_break_knows_the_present_budget(budget):
     """Compiled at another budget first: what was true then must not be baked in."""
     model = ckv_compile.optimize(broken(tiny()), 0.75, lowering="eager")
