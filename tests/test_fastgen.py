@@ -71,8 +71,11 @@ def names(policed: Policed, heads: int = 2) -> list[list[list[str]]]:
 
 
 @torch.no_grad()
-def test_policies_entries_and_logits_are_the_oracles():
-    """On a prompt and after every block of tokens; bytes are those of what stays; three graphs."""
+def test_policies_entries_and_logits_are_the_oracles(tmp_path):
+    """On a prompt and after every block of tokens; bytes are those of what stays; three graphs.
+
+    In the middle of a block the cache goes through a file.
+    """
     counters.clear()
     model, plain, cache = optimized(), Policed(small()), EvictedCache()
     ids = prompt(70, batch=2)
@@ -83,6 +86,9 @@ def test_policies_entries_and_logits_are_the_oracles():
         if start == 0 or (stop - 40) % INTERVAL == 0:
             plain.apply(ids[:, :stop], stop - start if start == 0 else INTERVAL)
         plain.assert_held_by(cache)
+        if stop == 40 + INTERVAL + 3:
+            cache.save(tmp_path / "cache")
+            cache = EvictedCache.load(tmp_path / "cache")
     found = ckv_compile.policies(cache)
     assert found.to_dict()["heads"] == names(plain)
     assert len({name for layer in found.heads for row in layer for name in row}) > 1

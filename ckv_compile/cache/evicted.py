@@ -101,7 +101,7 @@ class EvictedCache(DynamicCache):
         cache.layers, cache.fingerprint = files.read(path, model, device)
         spread = max(packed_rows(cache) or [0])
         for layer in evicted_layers(cache):
-            layer.spread = spread
+            layer.spread = 0 if layer.profile else spread
         _share_sizes(cache)
         return cache
 

@@ -16,8 +16,8 @@ from .layers import EvictedLayer
 from .packed import PackedKV
 
 _FORMAT = "ckv_compile.EvictedCache"
-# Version 2 adds packed layers; a file without them is one of version 1.
-_VERSIONS = ("1", "2")
+# Version 2 adds packed layers, 3 the policies of their heads; a file says the least that it needs.
+_VERSIONS = ("1", "2", "3")
 _PACKED = ("packed_keys", "packed_values", "cu_kv_lens")
 
 
@@ -28,25 +28,27 @@ def write(path: str | os.PathLike[str], layers: list[Any], fingerprint: str) -> 
             raise ValueError(f"layer {i} is a {type(layer).__name__}, which cannot be saved")
     if not layers or not all(layer.is_initialized for layer in layers):
         raise ValueError("the cache is empty: there is nothing to save")
-    if any(layer.profile for layer in layers):
-        raise ValueError("a cache whose heads have policies (method='fastgen') cannot be saved")
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     states = []
     for i, layer in enumerate(layers):
-        for name in ("keys", "values", "valid", "positions"):
+        for name in ("keys", "values", "valid", "positions", "kinds", "recent"):
             tensor = getattr(layer, name)
             if tensor is not None:
                 tensors[f"{i}.{name}"] = tensor.contiguous()
+        tensors |= {f"{i}.profile.{j}": part.clone() for j, part in enumerate(layer.profile)}
         if layer.packed is not None:
             alone = layer.packed.alone()
             parts = (alone.keys, alone.values, alone.cu_kv_lens)
             # Cloned: a file holds no two tensors of one storage.
             named = zip(_PACKED, parts, strict=True)
             tensors |= {f"{i}.{name}": part.clone() for name, part in named}
+            tensors |= {f"{i}.beside.{j}": part.clone() for j, part in enumerate(alone.beside)}
         states.append([layer.evicted, layer.thinned, layer.prompt_len])
     metadata = {
         "format": _FORMAT,
-        "version": _VERSIONS[any(layer.packed is not None for layer in layers)],
+        "version": _VERSIONS[
+            max((layer.packed is not None) + bool(layer.profile) for layer in layers)
+        ],
         "fingerprint": fingerprint,
         "layers": json.dumps(states),
     }
@@ -71,7 +73,7 @@ def read(path: str | os.PathLike[str], model: Any, device: str) -> tuple[list[Ev
         raise ValueError(f"{where}: not a cache of ckv_compile")
     if metadata.get("version") not in _VERSIONS:
         raise ValueError(
-            f"{where}: cache format {metadata.get('version')}, this reads {' and '.join(_VERSIONS)}"
+            f"{where}: cache format {metadata.get('version')}, this reads {', '.join(_VERSIONS)}"
         )
     if model is not None and metadata["fingerprint"] != fingerprint_of(model):
         raise ValueError(f"{where}: the cache was filled by another model or other weights")
@@ -100,11 +102,24 @@ def _layer(where: str, index: int, state: list[int], tensors: dict[str, Tensor])
     layer.keys, layer.values, layer.valid = keys, values, tensors.get(f"{index}.valid")
     layer.gap = sized(evicted, keys.device)
     layer.thinned, layer.prompt_len, layer.complete = thinned, prompt_len, True
-    layer.positions = tensors.get(f"{index}.positions")
+    layer.positions, layer.kinds = (
+        tensors.get(f"{index}.{name}") for name in ("positions", "kinds")
+    )
+    layer.recent, layer.profile = (
+        tensors.get(f"{index}.recent"),
+        _numbered(tensors, f"{index}.profile"),
+    )
     if f"{index}.{_PACKED[0]}" in tensors:
-        layer.packed = PackedKV(*(tensors[f"{index}.{name}"] for name in _PACKED))
+        beside = _numbered(tensors, f"{index}.beside")
+        layer.packed = PackedKV(*(tensors[f"{index}.{name}"] for name in _PACKED), beside)
         if layer.packed.cu_kv_lens.numel() != keys.shape[0] * keys.shape[1] + 1:
             raise ValueError(f"{where}: layer {index} has heads that do not match")
     if layer.valid is not None and layer.valid.shape[0] != keys.shape[0]:
         raise ValueError(f"{where}: layer {index} has rows that do not match")
     return layer
+
+
+def _numbered(tensors: dict[str, Tensor], name: str) -> tuple[Tensor, ...]:
+    """``name.0``, ``name.1`` and so on."""
+    count = sum(one.startswith(f"{name}.") for one in tensors)
+    return tuple(tensors[f"{name}.{j}"] for j in range(count))

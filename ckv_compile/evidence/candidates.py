@@ -14,6 +14,7 @@ from ..registry import METHODS, POLICY_METHODS
 from .probe import Seen
 
 Spec = float | int | str
+# Those of the tokenizer, once there is one: see Asker.
 NO_KINDS = TokenKinds(())
 # Positions kept of an attention with these options, [B, Hkv, budget].
 Keeps = Callable[[Seen, EvictionConfig, int], Tensor]
@@ -73,6 +74,12 @@ class Candidate:
         return ", ".join(parts)
 
 
+def config_of(options: Mapping[str, Any]) -> EvictionConfig:
+    """The options of a candidate; of policies that tell tokens apart by a tokenizer to come."""
+    kinds = {"token_kinds": NO_KINDS} if options.get("method") in POLICY_METHODS else {}
+    return EvictionConfig.from_options({**kinds, **options, "lowering": "eager"})
+
+
 def every_candidate() -> tuple[str, ...]:
     """Every registered method with "uniform", "adakv" and, where it applies, "global" shares."""
     found = []
@@ -101,10 +108,7 @@ def candidates_of(methods: Methods, **options: Any) -> tuple[Candidate, ...]:
             found.append(one)
             continue
         given = methods[one] if isinstance(methods, Mapping) else {"method": one}
-        # The tokenizer's, once there is one: see Asker.
-        kinds = {"token_kinds": NO_KINDS} if given.get("method") in POLICY_METHODS else {}
-        config = EvictionConfig.from_options({**kinds, **options, **given, "lowering": "eager"})
-        found.append(Candidate(one, config))
+        found.append(Candidate(one, config_of({**options, **given})))
     if not found:
         raise ValueError("methods is empty; it takes at least one name")
     if len({one.label for one in found}) < len(found):

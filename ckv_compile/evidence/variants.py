@@ -14,7 +14,7 @@ from ..config import EvictionConfig
 from ..kernels.adapters import with_adapters
 from ..kernels.projected_norm import projected_norm
 from ..kernels.window_attention import window_attention
-from .candidates import Candidate, Keeps
+from .candidates import Candidate, Keeps, config_of
 from .probe import Remembered, Seen
 
 RATIOS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -22,8 +22,7 @@ RATIOS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 def variant(label: str, keeps: Keeps = Seen.kept, **options: Any) -> Candidate:
     """CriticalKV with another selection or other options."""
-    config = EvictionConfig.from_options({"method": "criticalkv", **options, "lowering": "eager"})
-    return Candidate(label, config, keeps)
+    return Candidate(label, config_of({"method": "criticalkv", **options}), keeps)
 
 
 def relative_epsilon(times: float) -> Keeps:

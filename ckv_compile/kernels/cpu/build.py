@@ -26,6 +26,7 @@ PRELUDE = r"""
 #include <cstring>
 #include <functional>
 #include <limits>
+#include <type_traits>
 #include <vector>
 
 namespace {
@@ -89,9 +90,14 @@ inline void multiply(const float* a, int64_t stride, const float* panel, int64_t
 template <typename scalar>
 void copy_rows(const scalar* from, int64_t stride_row, int64_t stride_d, int64_t some,
                int64_t depth, float* room) {
-  for (int64_t r = 0; r < ROWS; ++r)
-    for (int64_t d = 0; d < depth; ++d)
-      room[r * depth + d] = r < some ? as_float(from[r * stride_row + d * stride_d]) : 0.0f;
+  for (int64_t r = 0; r < some; ++r, room += depth) {
+    const scalar* row = from + r * stride_row;
+    if (stride_d == 1)  // its own loop, which is vectorised
+      for (int64_t d = 0; d < depth; ++d) room[d] = as_float(row[d]);
+    else
+      for (int64_t d = 0; d < depth; ++d) room[d] = as_float(row[d * stride_d]);
+  }
+  std::fill_n(room, (ROWS - some) * depth, 0.0f);
 }
 
 // exp(x) for x <= 0, to about 2 ulp: 2^n times a polynomial of the rest (Cephes' coefficients).

@@ -12,125 +12,177 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .build import PRELUDE, SUFFIX, library, pointer, sizes
+from .build import PRELUDE, SUFFIX, TILES, library, pointer, sizes
 
 # More query rows than this, and a matrix product is faster than these dot products.
 MOST_ROWS = 32
 
 _SOURCE = (
     PRELUDE
+    + TILES
     + r"""
-// exp(x) for x <= 0, to about 2 ulp, without a call that would keep the loop from being vectorised:
-// 2^n times a polynomial of the rest (Cephes' coefficients).
-inline float exp_of_negative(float x) {
-  x = x < -87.0f ? -87.0f : x;
-  float n = std::floor(x * 1.44269504088896341f + 0.5f);
-  float r = x - n * 0.693359375f + n * 2.12194440e-4f;
-  float p = 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-  int32_t bits = (static_cast<int32_t>(n) + 127) << 23;
-  float scale;
-  std::memcpy(&scale, &bits, sizeof(scale));
-  return p * scale;
+constexpr int64_t CHUNK = 256;
+// Keys or values that are read as floats at a time.
+constexpr int64_t BLOCK = LANES;
+static_assert(CHUNK % BLOCK == 0, "a chunk is whole blocks");
+
+inline int64_t padded(int64_t size) { return (size + LANES - 1) / LANES * LANES; }
+
+#if defined(__AVX512F__)
+inline vec even_lanes(vec a, vec b) {
+  return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+}
+inline vec odd_lanes(vec a, vec b) {
+  return __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+}
+#else
+inline vec even_lanes(vec a, vec b) {
+  return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14);
+}
+inline vec odd_lanes(vec a, vec b) {
+  return __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15);
+}
+#endif
+
+// The sum of each of LANES vectors, in its lane.
+inline vec sums_of(vec (&v)[LANES]) {
+  for (int64_t count = LANES / 2; count; count /= 2)
+    for (int64_t i = 0; i < count; ++i)
+      v[i] = even_lanes(v[2 * i], v[2 * i + 1]) + odd_lanes(v[2 * i], v[2 * i + 1]);
+  return v[0];
 }
 
-constexpr int64_t CHUNK = 256;
-
-// An entry as floats: itself, or its values converted into room for them.
-inline const float* floats(const float* entry, int64_t, float*) { return entry; }
+// `count` entries as floats, `stride` apart: in place, or copied to `room` [BLOCK][padded(size)].
 template <typename scalar>
-const float* floats(const scalar* entry, int64_t size, float* room) {
-  for (int64_t d = 0; d < size; ++d) room[d] = as_float(entry[d]);
+const float* block_of(const scalar* from, int64_t count, int64_t size, float* room,
+                      int64_t* stride) {
+  *stride = padded(size);
+  if (std::is_same<scalar, float>::value && count == BLOCK && size == *stride)
+    return reinterpret_cast<const float*>(from);
+  for (int64_t j = 0; j < count; ++j)
+    for (int64_t d = 0; d < size; ++d) room[j * *stride + d] = as_float(from[j * size + d]);
   return room;
 }
 
-// Four queries at a time: each number of a key is then loaded once for all of them.
-inline void products(const float* query, const float* key, int64_t rows, int64_t head_dim,
-                     float* logits) {
-  int64_t r = 0;
-  for (; r + 4 <= rows; r += 4) {
-    const float *a = query + r * head_dim, *b = a + head_dim, *c = b + head_dim, *e = c + head_dim;
-    float s = 0.0f, t = 0.0f, u = 0.0f, v = 0.0f;
-    #pragma omp simd reduction(+ : s, t, u, v)
-    for (int64_t d = 0; d < head_dim; ++d) {
-      s += a[d] * key[d];
-      t += b[d] * key[d];
-      u += c[d] * key[d];
-      v += e[d] * key[d];
+// Logits of some queries [some][stride] on a block of keys: as many products as there are lanes.
+template <int64_t some>
+void products(const float* query, const float* key, int64_t stride, int64_t count, float* logits) {
+  constexpr int64_t KEYS = LANES / some;
+  for (int64_t j = 0; j < count; j += KEYS) {
+    vec sums[LANES] = {};
+    for (int64_t d = 0; d < stride; d += LANES) {
+      vec q[some];
+      #pragma GCC unroll 4
+      for (int64_t r = 0; r < some; ++r) q[r] = load(query + r * stride + d);
+      #pragma GCC unroll 16
+      for (int64_t k = 0; k < KEYS; ++k) {
+        const vec x = load(key + (j + k) * stride + d);
+        #pragma GCC unroll 4
+        for (int64_t r = 0; r < some; ++r) sums[r * KEYS + k] += q[r] * x;
+      }
     }
-    logits[r * CHUNK] = s;
-    logits[(r + 1) * CHUNK] = t;
-    logits[(r + 2) * CHUNK] = u;
-    logits[(r + 3) * CHUNK] = v;
-  }
-  for (; r < rows; ++r) {
-    const float* a = query + r * head_dim;
-    float s = 0.0f;
-    #pragma omp simd reduction(+ : s)
-    for (int64_t d = 0; d < head_dim; ++d) s += a[d] * key[d];
-    logits[r * CHUNK] = s;
+    float found[LANES];
+    store(found, sums_of(sums));
+    for (int64_t r = 0; r < some; ++r)
+      std::copy_n(found + r * KEYS, std::min(KEYS, count - j), logits + r * CHUNK + j);
   }
 }
 
-// Four values at a time, so that the sum is loaded and stored once for all of them.
-template <typename scalar>
-void add_values(const float* weights, const scalar* value, int64_t length, int64_t rows,
-                int64_t value_dim, float* room, float* out) {
-  int64_t j = 0;
-  for (; j + 4 <= length; j += 4) {
-    const float* v[4];
-    for (int64_t i = 0; i < 4; ++i)
-      v[i] = floats(value + (j + i) * value_dim, value_dim, room + i * value_dim);
-    const float *a = v[0], *b = v[1], *c = v[2], *e = v[3];
-    for (int64_t r = 0; r < rows; ++r) {
-      const float* w = weights + r * CHUNK + j;
-      const float s = w[0], t = w[1], u = w[2], x = w[3];
-      float* o = out + r * value_dim;
-      #pragma omp simd
-      for (int64_t d = 0; d < value_dim; ++d) o[d] += (s * a[d] + t * b[d]) + (u * c[d] + x * e[d]);
+// Adds the weighted values of a block to `width` vectors of each sum.
+template <int64_t some, int64_t width>
+void add_values(const float* weights, const float* value, int64_t stride, int64_t count,
+                float* out) {
+  vec sums[some][width];
+  for (int64_t r = 0; r < some; ++r)
+    for (int64_t t = 0; t < width; ++t) sums[r][t] = load(out + r * stride + t * LANES);
+  for (int64_t j = 0; j < count; ++j) {
+    #pragma GCC unroll 4
+    for (int64_t t = 0; t < width; ++t) {
+      const vec x = load(value + j * stride + t * LANES);
+      #pragma GCC unroll 4
+      for (int64_t r = 0; r < some; ++r) sums[r][t] += weights[r * CHUNK + j] * x;
     }
   }
-  for (; j < length; ++j) {
-    const float* v = floats(value + j * value_dim, value_dim, room);
-    for (int64_t r = 0; r < rows; ++r) {
-      const float w = weights[r * CHUNK + j];
-      float* o = out + r * value_dim;
-      #pragma omp simd
-      for (int64_t d = 0; d < value_dim; ++d) o[d] += w * v[d];
-    }
-  }
+  for (int64_t r = 0; r < some; ++r)
+    for (int64_t t = 0; t < width; ++t) store(out + r * stride + t * LANES, sums[r][t]);
 }
+
+template <int64_t some>
+void add_block(const float* weights, const float* value, int64_t stride, int64_t count,
+               float* out) {
+  int64_t d = 0;
+  for (; d + 4 * LANES <= stride; d += 4 * LANES)
+    add_values<some, 4>(weights, value + d, stride, count, out + d);
+  for (; d < stride; d += LANES)
+    add_values<some, 1>(weights, value + d, stride, count, out + d);
+}
+
+// Calls f with the number of rows, a constant, and the first of them: by fours, twos and ones.
+template <typename function>
+void by_rows(int64_t rows, const function& f) {
+  int64_t r = 0;
+  for (; r + 4 <= rows; r += 4) f(std::integral_constant<int64_t, 4>(), r);
+  for (; r + 2 <= rows; r += 2) f(std::integral_constant<int64_t, 2>(), r);
+  for (; r < rows; ++r) f(std::integral_constant<int64_t, 1>(), r);
+}
+
+// What a thread needs for the chunks that it works on.
+struct Room {
+  std::vector<float> query, logits, block, sums;
+  Room(int64_t rows, int64_t head_dim, int64_t value_dim)
+      : query(rows * padded(head_dim)), logits(rows * CHUNK),
+        block(BLOCK * padded(std::max(head_dim, value_dim))), sums(rows * padded(value_dim)) {}
+};
 
 // One chunk of keys of one head: the largest logit, the sum of weights and the weighted values of
 // every query row.
 template <typename scalar>
 void attend(const float* query, const scalar* key, const scalar* value, int64_t length,
-            int64_t rows, int64_t head_dim, int64_t value_dim, float* largest, float* sum,
-            float* out) {
-  std::vector<float> logits(rows * CHUNK), room(4 * std::max(head_dim, value_dim));
-  for (int64_t j = 0; j < length; ++j)
-    products(query, floats(key + j * head_dim, head_dim, room.data()), rows, head_dim,
-             logits.data() + j);
-  for (int64_t r = 0; r < rows; ++r) {
-    float* weights = logits.data() + r * CHUNK;
-    float most = -INFINITY, total = 0.0f;
-    #pragma omp simd reduction(max : most)
-    for (int64_t j = 0; j < length; ++j) most = most < weights[j] ? weights[j] : most;
-    #pragma omp simd reduction(+ : total)
-    for (int64_t j = 0; j < length; ++j) {
-      weights[j] = exp_of_negative(weights[j] - most);
-      total += weights[j];
-    }
-    largest[r] = most;
-    sum[r] = total;
+            int64_t rows, int64_t head_dim, int64_t value_dim, Room& room, float* largest,
+            float* sum, float* out) {
+  int64_t stride = padded(head_dim);
+  for (int64_t r = 0; r < rows; ++r)
+    std::copy_n(query + r * head_dim, head_dim, &room.query[r * stride]);
+  // What stands behind an entry, or behind the last one, is multiplied too.
+  std::fill(room.block.begin(), room.block.end(), 0.0f);
+  for (int64_t j = 0; j < length; j += BLOCK) {
+    const int64_t count = std::min(BLOCK, length - j);
+    const float* keys = block_of(key + j * head_dim, count, head_dim, room.block.data(), &stride);
+    by_rows(rows, [&](auto some, int64_t r) {
+      products<some()>(&room.query[r * stride], keys, stride, count, &room.logits[r * CHUNK + j]);
+    });
   }
-  std::fill(out, out + rows * value_dim, 0.0f);
-  add_values(logits.data(), value, length, rows, value_dim, room.data(), out);
+  for (int64_t r = 0; r < rows; ++r) {
+    float* weights = &room.logits[r * CHUNK];
+    std::fill(weights + length, weights + padded(length), -INFINITY);
+    vec most = load(weights), total = {};
+    for (int64_t j = LANES; j < length; j += LANES) {
+      const vec x = load(weights + j);
+      most = x > most ? x : most;
+    }
+    float lanes[LANES];
+    store(lanes, most);
+    largest[r] = *std::max_element(lanes, lanes + LANES);
+    for (int64_t j = 0; j < length; j += LANES) {
+      const vec weight = exp_of_negative(load(weights + j) - largest[r]);
+      store(weights + j, weight);
+      total += weight;
+    }
+    sum[r] = sum_of(total);
+  }
+  stride = padded(value_dim);
+  std::fill(room.block.begin(), room.block.end(), 0.0f);
+  std::fill(room.sums.begin(), room.sums.end(), 0.0f);
+  for (int64_t j = 0; j < length; j += BLOCK) {
+    const int64_t count = std::min(BLOCK, length - j);
+    const float* values =
+        block_of(value + j * value_dim, count, value_dim, room.block.data(), &stride);
+    by_rows(rows, [&](auto some, int64_t r) {
+      add_block<some()>(&room.logits[r * CHUNK + j], values, stride, count, &room.sums[r * stride]);
+    });
+  }
+  for (int64_t r = 0; r < rows; ++r)
+    std::copy_n(&room.sums[r * stride], value_dim, out + r * value_dim);
 }
 
 template <typename scalar>
@@ -142,14 +194,18 @@ void ragged(const float* query, const scalar* key, const scalar* value, const in
     chunks[h + 1] = chunks[h] + (cu_kv_lens[h + 1] - cu_kv_lens[h] + CHUNK - 1) / CHUNK;
   const int64_t total = chunks[heads];
   std::vector<float> largest(total * rows), sums(total * rows), parts(total * rows * value_dim);
-  #pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
-  for (int64_t c = 0; c < total; ++c) {
-    int64_t h = std::upper_bound(chunks.begin(), chunks.end(), c) - chunks.begin() - 1;
-    int64_t start = cu_kv_lens[h] + (c - chunks[h]) * CHUNK;
-    int64_t length = std::min<int64_t>(cu_kv_lens[h + 1] - start, CHUNK);
-    attend(query + h * rows * head_dim, key + start * head_dim, value + start * value_dim, length,
-           rows, head_dim, value_dim, &largest[c * rows], &sums[c * rows],
-           &parts[c * rows * value_dim]);
+  #pragma omp parallel num_threads(threads)
+  {
+    Room room(rows, head_dim, value_dim);
+    #pragma omp for schedule(dynamic, 1)
+    for (int64_t c = 0; c < total; ++c) {
+      int64_t h = std::upper_bound(chunks.begin(), chunks.end(), c) - chunks.begin() - 1;
+      int64_t start = cu_kv_lens[h] + (c - chunks[h]) * CHUNK;
+      int64_t length = std::min<int64_t>(cu_kv_lens[h + 1] - start, CHUNK);
+      attend(query + h * rows * head_dim, key + start * head_dim, value + start * value_dim,
+             length, rows, head_dim, value_dim, room, &largest[c * rows], &sums[c * rows],
+             &parts[c * rows * value_dim]);
+    }
   }
   #pragma omp parallel for num_threads(threads)
   for (int64_t i = 0; i < heads * rows; ++i) {
@@ -160,7 +216,7 @@ void ragged(const float* query, const scalar* key, const scalar* value, const in
     float* o = out + i * value_dim;
     std::fill(o, o + value_dim, 0.0f);
     for (int64_t c = chunks[h]; c < chunks[h + 1]; ++c) {
-      float weight = exp_of_negative(largest[c * rows + r] - most);
+      float weight = std::exp(largest[c * rows + r] - most);
       const float* part = &parts[(c * rows + r) * value_dim];
       sum += weight * sums[c * rows + r];
       for (int64_t d = 0; d < value_dim; ++d) o[d] += weight * part[d];

@@ -26,6 +26,7 @@ struct Window {
   const scalar* key;         // [batch, kv_heads, kv_len, depth]
   const int64_t* strides;    // of the key
   const int64_t* last_seen;  // [batch, panels * COLUMNS]: the last key that each query sees
+  const int64_t* least_seen;  // [batch, panels]: the least of those
   const bool* real;          // [batch, kv_len], or null
   int64_t kv_heads, groups, panels, depth, kv_len;
   float softcap;  // 0 for none
@@ -44,17 +45,17 @@ struct Window {
       copy_rows(keys + j * strides[2], strides[2], strides[3], some, depth, room);
       for (int64_t panel = 0; panel < count; ++panel) {
         multiply(room, depth, from + panel * depth * COLUMNS, depth, tile);
-        hide(b, last_seen + (b * panels + panel % panels) * COLUMNS, j, some, tile);
+        hide(b, b * panels + panel % panels, j, some, tile);
         f(j, some, panel, tile);
       }
     }
   }
 
   // The cap, and -inf where a query does not see a key.
-  void hide(int64_t b, const int64_t* last, int64_t start, int64_t some,
-            vec (&out)[ROWS][2]) const {
-    int64_t least = last[0];
-    for (int64_t q = 1; q < COLUMNS; ++q) least = std::min(least, last[q]);
+  void hide(int64_t b, int64_t panel, int64_t start, int64_t some, vec (&out)[ROWS][2]) const {
+    const int64_t* last = last_seen + panel * COLUMNS;
+    const int64_t least = least_seen[panel];
+    if (softcap <= 0.0f && !real && start + some <= least + 1) return;
     for (int64_t r = 0; r < some; ++r) {
       if (softcap > 0.0f)
         for (int64_t side = 0; side < 2; ++side) out[r][side] = capped(out[r][side]);
@@ -175,11 +176,16 @@ extern "C" int64_t queries_of_a_panel() { return COLUMNS; }
 #define EXPORT(scalar)                                                                            \
   extern "C" void scores_##scalar(                                                                \
       const float* queries, const void* key, const int64_t* strides, const int64_t* last_seen,    \
-      const bool* asked, const bool* real, const float* sinks, const bool* prefix, int64_t batch, \
-      int64_t kv_heads, int64_t groups, int64_t panels, int64_t depth, int64_t kv_len,            \
-      int64_t kernel, int64_t threads, float softcap, float* out) {                               \
-    const Window<scalar> w{queries,  static_cast<const scalar*>(key), strides, last_seen, real,   \
-                           kv_heads, groups, panels, depth, kv_len, softcap};                     \
+      const int64_t* least_seen, const bool* asked, const bool* real, const float* sinks,         \
+      const bool* prefix, int64_t batch, int64_t kv_heads, int64_t groups, int64_t panels,        \
+      int64_t depth, int64_t kv_len, int64_t kernel, int64_t threads, float softcap,              \
+      float* out) {                                                                               \
+    const Window<scalar> w{queries,   static_cast<const scalar*>(key),                            \
+                           strides,   last_seen,                                                  \
+                           least_seen, real,                                                      \
+                           kv_heads,  groups,                                                     \
+                           panels,    depth,                                                      \
+                           kv_len,    softcap};                                                   \
     scores(w, asked, sinks, prefix, batch, kernel, threads, out);                                 \
   }
 EXPORT(float)
@@ -230,8 +236,10 @@ def scores(
     columns = library.queries_of_a_panel()
     missing = -window % columns
     panels = F.pad(rows, (0, 0, 0, missing)).unflatten(2, (-1, columns)).transpose(3, 4)
+    last_seen = F.pad(last_seen, (0, missing), value=kv_len)
+    least_seen = last_seen.unflatten(1, (-1, columns)).amin(2)
     operands = (
-        panels, key, torch.tensor(key.stride()), F.pad(last_seen, (0, missing), value=kv_len),
+        panels, key, torch.tensor(key.stride()), last_seen, least_seen,
         F.pad(asked, (0, missing)), real, None if sinks is None else sinks.float(), prefix,
     )  # fmt: skip
     # The key is read by its strides.
