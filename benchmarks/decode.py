@@ -45,6 +45,18 @@ def bandwidths(source: torch.Tensor, to: torch.Tensor) -> dict[str, float]:
     return {name: moved[name] / took for name, took in timed(moves, 5).items()}
 
 
+def products(model: torch.nn.Module) -> float:
+    """Seconds of one token's products with all weights, as PyTorch runs them, and nothing else."""
+    layers = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    tokens = {layer.in_features: torch.randn(1, 1, layer.in_features) for layer in layers}
+
+    def run() -> None:
+        for layer in layers:
+            torch.nn.functional.linear(tokens[layer.in_features], layer.weight)
+
+    return timed({"products": run}, 10)["products"]
+
+
 def main() -> None:
     options = parser(__doc__)
     options.add_argument("--layers", type=int, default=30, metavar="N")
@@ -58,6 +70,7 @@ def main() -> None:
     rows, source, to = [], torch.ones(1 << 26), torch.ones(1 << 26)
     fastest = bandwidths(source, to)
     with torch.no_grad():
+        alone = products(plain)
         for length in watched(lengths, "decode"):
             decoders = {"eager, full": Decoder(plain, prompt(length))}
             for budget in BUDGETS:
@@ -87,7 +100,8 @@ def main() -> None:
                 )
     title = f"one new token, SmolLM2's shape, {options.layers} layers, float32"
     measured = ", ".join(f"{rate / 1e9:.1f} GB/s by a {name}" for name, rate in fastest.items())
-    report("decode", f"{title}; {measured}", rows, options)
+    title = f"{title}; {measured}; products with the weights alone {1e3 * alone:.1f} ms"
+    report("decode", title, rows, options)
 
 
 if __name__ == "__main__":

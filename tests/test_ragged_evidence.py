@@ -181,14 +181,13 @@ def test_every_method_from_a_shell(folder, tmp_path, capsys):
 @pytest.mark.parametrize("setting", [REGULAR, CONTEXT_ONLY])
 def test_policies_answer_as_the_optimised_model(asker, folder, prompt, setting):
     """They are applied again while tokens follow; and no budget is asked of them."""
-    (one,) = candidates_of({"fastgen": {"method": "fastgen", "recovery": 0.7}})
+    policies = {"method": "fastgen", "recovery": 0.7, "interval": 4}
+    (one,) = candidates_of({"fastgen": policies})
     caches = [(one.own_budget, one), (0.3, *candidates_of(["snapkv"]))]
     answers = {reply.cache[0]: reply for reply in asker.answers(prompt, setting, caches, 8)}
     assert set(answers) == {"recovery 0.7", 0.3}
     model = load(str(folder))[0]
-    ckv_compile.optimize(
-        model, method="fastgen", recovery=0.7, tokenizer=asker.tokenizer, lowering="eager"
-    )
+    ckv_compile.optimize(model, **policies, tokenizer=asker.tokenizer, lowering="eager")
     context = torch.tensor([prompt.context_ids])
     ids = torch.tensor([prompt.context_ids + prompt.question_ids])
     cache = ckv_compile.compress(model, ids if setting == REGULAR else context)
@@ -203,6 +202,20 @@ def test_policies_answer_as_the_optimised_model(asker, folder, prompt, setting):
     )
     answer = output[0, ids.shape[1] :]
     assert reply.text == asker.tokenizer.decode(answer, skip_special_tokens=True).strip()
+
+
+def test_methods_that_a_model_cannot_be_measured_under_are_named(asker, prompt, monkeypatch):
+    """Of every method they are left out; asked for by name they are an error with the reason."""
+    plain, expected = candidates_of(["snapkv", "expected_attention"])
+    assert asker.refusal(plain) == asker.refusal(expected) == ""
+    monkeypatch.setattr(
+        asker.watcher, "unread", {"layers.0": "q is not seen to be made of cosines"}
+    )
+    assert asker.refusal(plain) == ""
+    with pytest.raises(
+        ValueError, match=r"expected_attention: layers\.0: q is not seen to be made"
+    ):
+        list(asker.answers(prompt, REGULAR, [(0.3, expected)], 1))
 
 
 def test_variants_are_uniform():

@@ -7,6 +7,7 @@ import json
 import os
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -34,12 +35,12 @@ def write(path: str | os.PathLike[str], layers: list[Any], fingerprint: str) -> 
         for name in ("keys", "values", "valid", "positions", "kinds", "recent"):
             tensor = getattr(layer, name)
             if tensor is not None:
-                tensors[f"{i}.{name}"] = tensor.contiguous()
+                # Cloned, as what follows: a file holds no two tensors of one storage.
+                tensors[f"{i}.{name}"] = tensor.clone(memory_format=torch.contiguous_format)
         tensors |= {f"{i}.profile.{j}": part.clone() for j, part in enumerate(layer.profile)}
         if layer.packed is not None:
             alone = layer.packed.alone()
             parts = (alone.keys, alone.values, alone.cu_kv_lens)
-            # Cloned: a file holds no two tensors of one storage.
             named = zip(_PACKED, parts, strict=True)
             tensors |= {f"{i}.{name}": part.clone() for name, part in named}
             tensors |= {f"{i}.beside.{j}": part.clone() for j, part in enumerate(alone.beside)}
@@ -110,8 +111,9 @@ def _layer(where: str, index: int, state: list[int], tensors: dict[str, Tensor])
         _numbered(tensors, f"{index}.profile"),
     )
     if f"{index}.{_PACKED[0]}" in tensors:
+        packed_keys, packed_values, cu_kv_lens = (tensors[f"{index}.{name}"] for name in _PACKED)
         beside = _numbered(tensors, f"{index}.beside")
-        layer.packed = PackedKV(*(tensors[f"{index}.{name}"] for name in _PACKED), beside)
+        layer.packed = PackedKV(packed_keys, packed_values, cu_kv_lens, beside)
         if layer.packed.cu_kv_lens.numel() != keys.shape[0] * keys.shape[1] + 1:
             raise ValueError(f"{where}: layer {index} has heads that do not match")
     if layer.valid is not None and layer.valid.shape[0] != keys.shape[0]:

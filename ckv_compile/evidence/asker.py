@@ -8,6 +8,7 @@ while tokens follow are left to the library as a whole: their text is read once 
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..cache import has_policies
 from ..config import EvictionConfig
 from ..methods.base import Scores
 from ..policies import kinds_of
@@ -103,6 +105,22 @@ class Asker:
                 ((text, loss),) = self._asked(call, cache, logits, *asked)
                 yield Reply(one, text, loss, *size)
 
+    @torch.no_grad()
+    def refusal(self, one: Candidate) -> str:
+        """Why a candidate cannot be measured on this model; "" if it can."""
+        if not self.watcher.sites:
+            self.watcher(lambda _: None, input_ids=torch.zeros(1, 8).long(), use_cache=False)
+        unread = self.watcher.unread
+        if one.config.reads_rotation and unread:
+            name = next(iter(unread))
+            return f"{name}: {unread[name]}"
+        try:
+            if one.config.packs:
+                check_packable(self.watcher.sites)
+        except ValueError as error:
+            return str(error)
+        return ""
+
     def _with_policies(self, cache: Cache) -> OptimizedForward:
         """The model under these policies, which knows its tokenizer's kinds of tokens."""
         assert cache[1] is not None
@@ -132,11 +150,16 @@ class Asker:
         """
         if question is not None:
             logits = self._logits(call, cache, question.expand(len(logits), -1), 1)[:, -1]
-        losses = self._losses(call, cache, logits, right)
+        # A call may have applied policies again, which nothing takes back.
+        spare = copy.deepcopy(cache) if has_policies(cache) else cache
+        losses = self._losses(call, spare, logits, right)
         return list(zip(self._generate(call, cache, logits, most), losses, strict=True))
 
     def _read(self, ids: Tensor, caches: Sequence[Cache]) -> tuple[Any, Mapping[str, Kept], Tensor]:
         """The full cache, what each of ``caches`` keeps of it, and the last logits ``[1, V]``."""
+        for asked in {one for _, one in caches if one is not None}:
+            if why := self.refusal(asked):
+                raise ValueError(f"{asked.label}: {why}")
         cache, length = fresh_cache(self.model), ids.shape[1]
         found: dict[str, dict[str, Tensor]] = {}
         competing: dict[Candidate, dict[str, tuple[Scores, list[Tensor]]]] = {

@@ -102,7 +102,8 @@ def held_by_policies(cache: EvictedCache) -> tuple[int, int]:
     """
     entries = heads = nbytes = 0
     for layer in evicted_layers(cache):
-        assert layer.packed is not None
+        if layer.packed is None:
+            raise ValueError("method='fastgen' left a layer whole: it packs all layers or none")
         own, packed = layer.packed.lengths.numel(), int(layer.packed.lengths.sum())
         entry = layer.packed.keys[0].nbytes + layer.packed.values[0].nbytes
         noted = sum(part[0].nbytes for part in layer.packed.beside)

@@ -41,15 +41,23 @@ class Candidate:
         given = getattr(self.config, name)
         raise ValueError(f"{self.label}: {name}={given!r} is not measured here; it takes {taken!r}")
 
+    def without_policies(self) -> Candidate:
+        """The same; for measurements at given budgets.
+
+        Raises:
+            ValueError: it takes none.
+        """
+        if self.config.chooses_policies:
+            self._refuse("method", "one with a budget")
+        return self
+
     def uniform(self) -> Candidate:
         """The same; for measurements of one layer at a time.
 
         Raises:
             ValueError: heads compete for the budget.
         """
-        if self.config.chooses_policies:
-            self._refuse("method", "one with a budget")
-        if self.config.packs:
+        if self.without_policies().config.packs:
             self._refuse("allocation", "uniform")
         return self
 

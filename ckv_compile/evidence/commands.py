@@ -130,12 +130,24 @@ def run_eval(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     status = 0
     try:
         with one_line(parser), bar("reading") as step:
-            answers = evaluate.run(Asker(model, tokenizer), plan, args.results, on_sample=step)
+            asker = Asker(model, tokenizer)
+            if args.all_methods:
+                plan = _without_refused(asker, plan)
+            answers = evaluate.run(asker, plan, args.results, on_sample=step)
     except KeyboardInterrupt:
         print(f"interrupted; the same command goes on from {args.results}", file=sys.stderr)
         answers, status = evaluate.held(plan, args.results), INTERRUPTED
     _show_scores(parser, args, answers)
     return status
+
+
+def _without_refused(asker: Asker, plan: Plan) -> Plan:
+    """Of every method those that the model can be measured under; of the others why not."""
+    why = {one: asker.refusal(one) for one in plan.candidates}
+    for one, reason in why.items():
+        if reason:
+            print(f"left out: {one.label}: {reason}", file=sys.stderr)
+    return dataclasses.replace(plan, candidates=tuple(one for one in why if not why[one]))
 
 
 def _show_scores(
@@ -181,6 +193,8 @@ def run_study(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
 def run_bench(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     """Seconds and bytes of the model as it is and at each budget."""
     candidates = [methods_from(parser, [args.method], allocation=one)[0] for one in args.allocation]
+    with one_line(parser):
+        candidates = [one.without_policies() for one in candidates]
     budgets = budgets_from(parser, args.budgets)
     model, tokenizer = loaded(parser, args.model)
     found: list[Timing] = []

@@ -207,6 +207,12 @@ def perturbation(
     """
     chosen = tuple(one.uniform() for one in candidates_of(methods, **options))
     wanted = _Wanted(chosen, tuple(budgets), *_lengths(input_ids, chosen, queries, later))
+    for one in chosen:
+        if later and one.config.reads_rotation:
+            raise ValueError(
+                f"later={later} with {one.label!r}, which reads the rotation of the whole text; it "
+                f"takes 0"
+            )
     watcher = watcher or Watcher(model)
     cache = _cache_of(model)
     rows: list[LayerRow] = []

@@ -19,7 +19,7 @@ from ..methods.base import ScoreInputs, Scores, scores_of
 from ..passes.einsum import spell_out_einsums
 from ..passes.match import match_sites
 from ..passes.projections import insert_weight
-from ..passes.rotation import Rotation, rotation_of, turn_queries
+from ..passes.rotation import rotation_of, turn_queries
 from ..site import AttentionSite, Rejection
 
 
@@ -139,6 +139,8 @@ class Watcher:
         self.model = model
         self.sites: list[AttentionSite] = []
         self.rejections: list[Rejection] = []
+        # Why the queries of a site cannot be turned to later positions.
+        self.unread: dict[str, str] = {}
         self.visit: Visit = _ignore
         self._call = torch.compile(_region(model), backend=self._backend, recompile_limit=64)
 
@@ -159,9 +161,9 @@ class Watcher:
         spell_out_einsums(gm)
         sites, rejections = match_sites(gm, training=self.model.training)
         sites = tuple(site for site in sites if site.phase == "prefill")
-        # Where a rotation is not understood, a method that reads it says so when it is asked.
-        turned = [site for site in sites if isinstance(rotation_of(gm, site), Rotation)]
-        expected = turn_queries(gm, turned, "prefill")
+        read = {site.name: rotation_of(gm, site) for site in sites}
+        self.unread |= {name: why for name, why in read.items() if isinstance(why, str)}
+        expected = turn_queries(gm, [s for s in sites if s.name not in self.unread], "prefill")
         for site in sites:
             _insert(gm, site, self, expected.get(site.sdpa))
         gm.graph.lint()

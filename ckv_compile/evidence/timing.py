@@ -56,7 +56,7 @@ def timings(
         candidate: the method; all budgets run what is compiled for the first one.
         lowering: as :func:`ckv_compile.optimize` takes it; "auto" compiles for minutes.
     """
-    options = {**vars(candidate.config), "lowering": lowering}
+    options = {**vars(candidate.without_policies().config), "lowering": lowering}
     del options["budget"]
     steps: list[Spec | None] = [*([None] if full else []), *budgets]
     allocation = candidate.config.allocation

@@ -157,9 +157,14 @@ def kept_gram(weight: Tensor, in_out: bool, heads: int) -> Tensor:
 
 
 def _unrounded(weight: Tensor, in_out: bool, heads: int) -> Tensor:
-    # The caller's autocast would round it, and it is kept.
-    with torch.autocast(weight.device.type, enabled=False):
-        return gram_of(weight, in_out, heads)
+    # The caller's autocast and its lower precision of products would round it, and it is kept.
+    precision = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("highest")
+        with torch.autocast(weight.device.type, enabled=False):
+            return gram_of(weight, in_out, heads)
+    finally:
+        torch.set_float32_matmul_precision(precision)
 
 
 @_gram.register_fake

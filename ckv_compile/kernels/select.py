@@ -81,6 +81,8 @@ def _select(
     if budget == base.shape[2]:
         return torch.arange(budget, device=base.device).expand(base.shape).contiguous()
     scores = None if norm is None else (base + epsilon) * norm
+    if row_budgets is not None:
+        row_budgets = row_budgets.clamp(max=budget)
     options = (budget, window_size, ratio, real, row_budgets)
     return (cpu.choose if cpu.takes(base) else _chosen)(base, scores, *options)
 

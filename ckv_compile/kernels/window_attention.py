@@ -247,7 +247,7 @@ def _summed_attention(
         if sinks is not None:
             lse = torch.logaddexp(lse, sinks.float()[:, None])
         # exp(-inf): who is not asked, or sees nothing, adds nothing.
-        lse = torch.where(asked[b % len(asked)] & (lse > -math.inf), lse, math.inf)
+        lse = torch.where(asked[b % len(asked)] & (lse != -math.inf), lse, math.inf)
         for block in blocks:
             summed[b, :, block] = logits(block).sub_(lse[..., None]).exp_().sum(1)
     return summed

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from strategies import SETTINGS, site
 from torch import Tensor
 
-from ckv_compile.kernels import projected_norm, select, window_attention
+from ckv_compile.kernels import projected_norm, reference, select, window_attention
 from ckv_compile.kernels.cpu import projected_norm as cpu_norm
 from ckv_compile.kernels.cpu import select as cpu_select
 from ckv_compile.kernels.cpu import window_attention as cpu_window
@@ -145,6 +145,28 @@ def test_no_sort_selects_what_a_sort_does(
     options = (budget, window_size, [1, 3], real, row_budgets)
     expected = select._chosen(base, scores if stages else None, *options)
     assert torch.equal(cpu_select.choose(base, scores if stages else None, *options), expected)
+
+
+def test_an_infinite_key_spoils_no_other() -> None:
+    """Seen: lanes without a query made NaN of it, and pooling spread that."""
+    query, key = -torch.rand(1, 2, 60, 16), torch.randn(1, 1, 60, 16)
+    key[0, 0, 3, 0] = float("inf")
+    scores = window_attention.window_attention(query, key, None, 8, 3)
+    expected = reference.window_attention(query, key, None, 8, 3)
+    assert scores.isfinite().all()
+    torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_lower_precision_of_products_makes_no_other_matrix() -> None:
+    """It is kept, and bounds are made of it."""
+    weight, precision = torch.randn(64, 64), torch.get_float32_matmul_precision()
+    expected = projected_norm.gram_of(weight, False, 4)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        assert torch.equal(projected_norm.kept_gram(weight, False, 4), expected)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(precision)
 
 
 def test_few_norms_are_made() -> None:

@@ -315,9 +315,9 @@ def mean_norms(value: Tensor, weight: Tensor, in_out: bool, heads: int, quadrati
     Returns:
         ``[B, Hkv, K]`` float32.
     """
-    (batch, kv_heads, kv_len, _), strides = value.shape, torch.tensor(value.stride())
-    out = torch.empty(batch, kv_heads, kv_len, dtype=torch.float32)
-    counts = torch.full((batch * kv_heads,), kv_len)
+    (batch, kv_heads, kv_len, _), strides = value.shape, torch.tensor(value.stride(), device="cpu")
+    out = value.new_empty((batch, kv_heads, kv_len), dtype=torch.float32)
+    counts = value.new_full((batch * kv_heads,), kv_len, dtype=torch.int64)
     _entry("mean_norms", value, weight)(
         *map(pointer, (value, strides, weight, counts)),
         *sizes(*_sizes(value, weight, in_out, heads, quadratic), quadratic),
@@ -349,7 +349,7 @@ def select_bounded(
     Returns:
         ``[B, Hkv, budget]`` int64, as :func:`ckv_compile.kernels.select.select`.
     """
-    depth, strides = value.shape[3], torch.tensor(value.stride())
+    depth, strides = value.shape[3], torch.tensor(value.stride(), device="cpu")
     # What float32 sums can lose of a quadratic form, twice.
     rounding = 2 * depth * torch.finfo(torch.float32).eps
     lost = torch.linalg.vector_norm(gram.view(heads, -1), dim=1) * rounding

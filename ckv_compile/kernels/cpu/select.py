@@ -45,7 +45,7 @@ struct Selection {
     return !real || real[pair / kv_heads * kv_len + i];
   }
   int64_t row_budget(int64_t pair) const {
-    return row_budgets ? row_budgets[pair / kv_heads] : budget;
+    return row_budgets ? std::min(row_budgets[pair / kv_heads], budget) : budget;
   }
 
   void make_keys(int64_t pair, const float* scores, const bool* first,

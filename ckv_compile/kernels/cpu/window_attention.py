@@ -135,8 +135,10 @@ void scores(const Window<scalar>& w, const bool* asked, const float* sinks, cons
         const float* norm = &lse[pair * queries + panel * COLUMNS];
         const vec left = load(norm), right = load(norm + LANES);
         float* to = &attention[(pair * w.groups + panel / w.panels) * w.kv_len + j];
+        // Lanes that add nothing may hold NaN all the same: zero times an infinite key.
         for (int64_t r = 0; r < some; ++r)
-          to[r] += sum_of(exp_of_negative(tile[r][0] - left) + exp_of_negative(tile[r][1] - right));
+          to[r] += sum_of((left == INFINITY ? vec{} : exp_of_negative(tile[r][0] - left)) +
+                          (right == INFINITY ? vec{} : exp_of_negative(tile[r][1] - right)));
       };
       w.for_logits(pair, start, end, room.data(), add);
       const int64_t count = std::count(asked + b * padded, asked + (b + 1) * padded, true);
@@ -239,7 +241,7 @@ def scores(
     last_seen = F.pad(last_seen, (0, missing), value=kv_len)
     least_seen = last_seen.unflatten(1, (-1, columns)).amin(2)
     operands = (
-        panels, key, torch.tensor(key.stride()), last_seen, least_seen,
+        panels, key, torch.tensor(key.stride(), device="cpu"), last_seen, least_seen,
         F.pad(asked, (0, missing)), real, None if sinks is None else sinks.float(), prefix,
     )  # fmt: skip
     # The key is read by its strides.
