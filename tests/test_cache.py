@@ -83,7 +83,14 @@ def padded(lengths, n, side, seed=0):
     return ids * mask, mask
 
 
-@pytest.mark.parametrize("lengths", [(50, 83, 90), (90, 20), (34, 33, 90), (90, 1)])
+@pytest.mark.parametrize(
+    "lengths",
+    [
+        *(pytest.param(row, marks=pytest.mark.slow) for row in ((50, 83, 90), (90, 1))),
+        (90, 20),
+        (34, 33, 90),
+    ],
+)
 @pytest.mark.parametrize("budget", [0.5, 40, 1.0])
 def test_a_padded_row_generates_what_it_generates_alone(model, lengths, budget):
     """Others keep pads in place of tokens (31 of 64 entries of a left-padded batch)."""

@@ -17,7 +17,7 @@ from transformers import DynamicCache
 
 import ckv_compile
 from ckv_compile import EvictedCache, EvictionConfig
-from ckv_compile.evidence.candidates import candidates_of
+from ckv_compile.evidence.perturbation import perturbation
 from ckv_compile.kernels import reference, reference_packed
 
 OPTIONS = {"method": "expected_attention", "window_size": 4, "lowering": "eager"}
@@ -199,5 +199,5 @@ def test_options_that_ask_for_other_queries_are_errors() -> None:
 
 def test_where_it_cannot_be_measured_is_said() -> None:
     """Prevents an error in the middle of a long reading."""
-    with pytest.raises(ValueError, match="a compiled prefill alone shows"):
-        candidates_of(["expected_attention"])
+    with pytest.raises(ValueError, match="later=8 with 'expected_attention'"):
+        perturbation(model_of("llama"), prompt(60), (0.5,), ["expected_attention"], later=8)

@@ -17,7 +17,9 @@ from ckv_compile import EvictionConfig
 LENGTHS = (77, 50, 20, 33, 34, 2, 128, 64, 16)
 
 
-@pytest.fixture(scope="module", params=["aot_eager", "inductor"])
+@pytest.fixture(
+    scope="module", params=[pytest.param("aot_eager", marks=pytest.mark.slow), "inductor"]
+)
 def optimized(request):
     """One compiled model for all tests of a lowering: Inductor takes its time."""
     counters.clear()

@@ -80,6 +80,7 @@ def test_a_row_cut_below_a_sliding_window_leaves_the_batch_whole():
 
 
 @pytest.mark.filterwarnings("ignore:ckv_compile. no attention")
+@pytest.mark.slow
 def test_padded_rows_of_chunked_attention_stay_whole():
     """A chunk begins where a row does, which the model counts on the mask of what is held."""
     torch.manual_seed(0)

@@ -56,6 +56,7 @@ ARROWS = {
         "kernels",
         "methods",
         "passes",
+        "policies",
         "registry",
         "runtime",
         "site",

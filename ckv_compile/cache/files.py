@@ -103,13 +103,9 @@ def _layer(where: str, index: int, state: list[int], tensors: dict[str, Tensor])
     layer.keys, layer.values, layer.valid = keys, values, tensors.get(f"{index}.valid")
     layer.gap = sized(evicted, keys.device)
     layer.thinned, layer.prompt_len, layer.complete = thinned, prompt_len, True
-    layer.positions, layer.kinds = (
-        tensors.get(f"{index}.{name}") for name in ("positions", "kinds")
-    )
-    layer.recent, layer.profile = (
-        tensors.get(f"{index}.recent"),
-        _numbered(tensors, f"{index}.profile"),
-    )
+    layer.positions = tensors.get(f"{index}.positions")
+    layer.kinds, layer.recent = tensors.get(f"{index}.kinds"), tensors.get(f"{index}.recent")
+    layer.profile = _numbered(tensors, f"{index}.profile")
     if f"{index}.{_PACKED[0]}" in tensors:
         packed_keys, packed_values, cu_kv_lens = (tensors[f"{index}.{name}"] for name in _PACKED)
         beside = _numbered(tensors, f"{index}.beside")
