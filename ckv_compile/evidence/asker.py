@@ -109,7 +109,9 @@ class Asker:
     def refusal(self, one: Candidate) -> str:
         """Why a candidate cannot be measured on this model; "" if it can."""
         if not self.watcher.sites:
-            self.watcher(lambda _: None, input_ids=torch.zeros(1, 8).long(), use_cache=False)
+            # The same kind of call as a text's: what is traced here serves that too.
+            inputs = {"past_key_values": fresh_cache(self.model), **_READ}
+            self.watcher(lambda _: None, input_ids=torch.zeros(1, 8).long(), **inputs)
         unread = self.watcher.unread
         if one.config.reads_rotation and unread:
             name = next(iter(unread))
@@ -157,7 +159,7 @@ class Asker:
 
     def _read(self, ids: Tensor, caches: Sequence[Cache]) -> tuple[Any, Mapping[str, Kept], Tensor]:
         """The full cache, what each of ``caches`` keeps of it, and the last logits ``[1, V]``."""
-        for asked in {one for _, one in caches if one is not None}:
+        for asked in {one for _, one in caches if one is not None and one.config.reads_rotation}:
             if why := self.refusal(asked):
                 raise ValueError(f"{asked.label}: {why}")
         cache, length = fresh_cache(self.model), ids.shape[1]
@@ -180,8 +182,7 @@ class Asker:
                 weighed = [seen.preference(one.config)] if one.config.weighs_layers else []
                 by_site[seen.name] = seen.scores(one.config), weighed
 
-        inputs = {"past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
-        done = self.watcher(visit, input_ids=ids, **inputs)
+        done = self.watcher(visit, input_ids=ids, past_key_values=cache, **_READ)
         layers = layers_of(cache, addresses)
         whole = uncut_layers(cache, dict.fromkeys(layers.values(), ids))
         if whole or not layers:
@@ -249,6 +250,8 @@ class Asker:
 
 
 _FULL = "full"
+# How a text is read.
+_READ: dict[str, Any] = {"use_cache": True, "logits_to_keep": 1}
 
 
 def _name(one: Cache) -> str:

@@ -193,8 +193,6 @@ def run_study(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
 def run_bench(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     """Seconds and bytes of the model as it is and at each budget."""
     candidates = [methods_from(parser, [args.method], allocation=one)[0] for one in args.allocation]
-    with one_line(parser):
-        candidates = [one.without_policies() for one in candidates]
     budgets = budgets_from(parser, args.budgets)
     model, tokenizer = loaded(parser, args.model)
     found: list[Timing] = []

@@ -34,10 +34,8 @@ def kept_masks(
     rows = torch.full((batch,), config.entries(kv_len))
     table = config.head_scores
     flat = None if table is None else tuple(score for row in table for score in row)
-    window, shares = (
-        max(config.window_size, TAIL),
-        Shares(config.safeguard, flat, torch.stack(list(preferences), 1) if preferences else None),
-    )
+    asked = torch.stack(list(preferences), 1) if preferences else None
+    window, shares = max(config.window_size, TAIL), Shares(config.safeguard, flat, asked)
     budgets = head_budgets(bases, rows, window, real, config.allocation, shares)
     share = exact_share(config.first_stage_ratio)
     stages = (window, (share.numerator, share.denominator), config.epsilon)

@@ -49,7 +49,6 @@ struct Values {
   const int64_t* strides;  // of the value
   int64_t batch, kv_heads, groups, kv_len, depth, threads;
 
-  int64_t heads() const { return kv_heads * groups; }
   int64_t pairs() const { return batch * kv_heads; }
   const scalar* at(int64_t pair, int64_t i) const {
     return value + pair / kv_heads * strides[0] + pair % kv_heads * strides[1] + i * strides[2];
