@@ -7,6 +7,7 @@ import functools
 import weakref
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .cpu import projected_norm as cpu
@@ -34,7 +35,8 @@ def projected_norm(
 
     Returns:
         ``[B, Hkv, K]`` float32, the mean over the query heads of a group. "l2" is
-        ``sqrt(v G v^T)`` with the Gram matrix ``G = W W^T``: no product as wide as E.
+        ``sqrt(v G v^T)`` with the Gram matrix ``G = W W^T``, on CPUs ``||R v||_2`` with its root
+        ``R^T R = G``: no product as wide as E.
     """
     if norm == "value":
         return value.float().abs().sum(-1)
@@ -49,7 +51,7 @@ def projected_norm(
             weight, in_out = gram_of(weight, in_out, heads), True
         return gpu.projected_norm(value, weight, in_out, heads, quadratic)
     if quadratic:
-        weight, in_out = torch.ops.ckv_compile.gram(weight, in_out, heads), True
+        weight, in_out = torch.ops.ckv_compile.gram_root(weight, in_out, heads), True
     return torch.ops.ckv_compile.projected_norm(value, weight, in_out, heads, quadratic)
 
 
@@ -91,8 +93,8 @@ def projected_norms(
     assert weight is not None
     if norm == "l2" and not triton:
         # By the kept matrix of the whole weight; of parts of it none would be kept.
-        gram = torch.ops.ckv_compile.gram(weight, in_out, heads)
-        parts = gram.reshape(kv_heads, groups, -1, gram.shape[1])
+        root = torch.ops.ckv_compile.gram_root(weight, in_out, heads)
+        parts = root.reshape(kv_heads, groups, -1, root.shape[1])
         norms = [
             torch.ops.ckv_compile.projected_norm(value, part.flatten(0, 1), True, kv_heads, True)
             for part in parts.unbind(1)
@@ -126,17 +128,28 @@ def gram_of(weight: Tensor, in_out: bool, heads: int) -> Tensor:
     return (per_head @ per_head.transpose(-1, -2)).flatten(0, 1)
 
 
-# By the weight's id: a weak reference, what it looked like, its Gram matrix.
-_GRAMS: dict[int, tuple[weakref.ref[Tensor], tuple[object, ...], Tensor, Tensor]] = {}
+def root_of(weight: Tensor, in_out: bool, heads: int) -> Tensor:
+    """The upper triangular ``R`` of each head with ``R^T R = W W^T``, ``[H*Dv, Dv]`` float32.
+
+    Not of the Gram matrix, which may have lost to rounding what it is the root of.
+    """
+    per_head = _per_head(weight, in_out, heads).float()
+    upper = torch.linalg.qr(per_head.transpose(-1, -2), mode="r").R
+    missing = upper.shape[2] - upper.shape[1]  # rows, where E is less than Dv
+    return F.pad(upper, (0, 0, 0, missing)).flatten(0, 1).contiguous()
 
 
-@torch.library.custom_op("ckv_compile::gram", mutates_args=())
-def _gram(weight: Tensor, in_out: bool, heads: int) -> Tensor:
-    return kept_gram(weight, in_out, heads).clone()
+# By the weight's id: a weak reference, what it looked like, its root.
+_ROOTS: dict[int, tuple[weakref.ref[Tensor], tuple[object, ...], Tensor, Tensor]] = {}
 
 
-def kept_gram(weight: Tensor, in_out: bool, heads: int) -> Tensor:
-    """What :func:`gram_of` makes; kept, so not to be written to."""
+@torch.library.custom_op("ckv_compile::gram_root", mutates_args=())
+def _gram_root(weight: Tensor, in_out: bool, heads: int) -> Tensor:
+    return kept_root(weight, in_out, heads).clone()
+
+
+def kept_root(weight: Tensor, in_out: bool, heads: int) -> Tensor:
+    """What :func:`root_of` makes; kept, so not to be written to."""
     # Kept for as long as the weight lives and is the same: it is made once for all prompts. A
     # write through `.data` (an adapter being merged) leaves the version as it was, so a sample of
     # the numbers is compared as well.
@@ -145,15 +158,15 @@ def kept_gram(weight: Tensor, in_out: bool, heads: int) -> Tensor:
     state = (weight._version, weight.data_ptr(), weight.stride(), in_out, heads)
     flat = weight.detach().reshape(-1)
     sample = flat[:: max(flat.numel() // 1024, 1)].clone()
-    held = _GRAMS.get(id(weight))
+    held = _ROOTS.get(id(weight))
     known = held is not None and held[0]() is weight and held[1] == state
     if held is not None and known and torch.equal(held[2], sample):
         return held[3]
-    gram = _unrounded(weight.detach(), in_out, heads)
+    root = _unrounded(weight.detach(), in_out, heads)
     key = id(weight)
-    gone = weakref.ref(weight, lambda _: _GRAMS.pop(key, None))
-    _GRAMS[key] = (gone, state, sample, gram)
-    return gram
+    gone = weakref.ref(weight, lambda _: _ROOTS.pop(key, None))
+    _ROOTS[key] = (gone, state, sample, root)
+    return root
 
 
 def _unrounded(weight: Tensor, in_out: bool, heads: int) -> Tensor:
@@ -162,12 +175,12 @@ def _unrounded(weight: Tensor, in_out: bool, heads: int) -> Tensor:
     try:
         torch.set_float32_matmul_precision("highest")
         with torch.autocast(weight.device.type, enabled=False):
-            return gram_of(weight, in_out, heads)
+            return root_of(weight, in_out, heads)
     finally:
         torch.set_float32_matmul_precision(precision)
 
 
-@_gram.register_fake
+@_gram_root.register_fake
 def _(weight: Tensor, in_out: bool, heads: int) -> Tensor:
     features = weight.shape[0 if in_out else 1]
     return weight.new_empty((features, features // heads), dtype=torch.float32)
@@ -179,7 +192,20 @@ def _projected_norm(
 ) -> Tensor:
     # An op of ours, opaque to the compiler: Inductor does not fuse a reduction into a product and
     # would write the whole [B, H, K, E] to memory first. Here only a block of it ever exists.
-    if value.device.type == "cpu" and cpu.takes(value, weight):
+    return _mean_norms(value, weight, in_out, heads, quadratic)
+
+
+def made_norm(value: Tensor, weight: Tensor, in_out: bool, heads: int, quadratic: bool) -> Tensor:
+    """What :func:`projected_norm` makes of "l1" or, if ``quadratic``, "l2", at once: no op."""
+    if quadratic:
+        weight, in_out = kept_root(weight, in_out, heads), True
+    return _mean_norms(value, weight, in_out, heads, quadratic)
+
+
+def _mean_norms(
+    value: Tensor, weight: Tensor, in_out: bool, heads: int, quadratic: bool
+) -> Tensor:
+    if cpu.takes(value, weight):
         return cpu.mean_norms(value, weight, in_out, heads, quadratic)
     with torch.autocast(value.device.type, enabled=False):
         return _by_library_calls(value, weight, in_out, heads, quadratic)
@@ -194,15 +220,14 @@ def _by_library_calls(
     per_head = _per_head(weight, in_out, heads)
     buffer = torch.empty(_ROWS * min(width, _COLUMNS), dtype=torch.float32, device=value.device)
     for h in range(heads):
-        matrix = per_head[h].float()  # [Dv, E]
+        matrix = per_head[h].float()  # [Dv, E], or the root, by rows
         for b in range(batch):
             for start in range(0, kv_len, _ROWS):
                 rows = value[b, h // groups, start : start + _ROWS].float()
                 norm = norms[b, h // groups, start : start + _ROWS]
                 if quadratic:
                     product = buffer[: rows.shape[0] * width].view(-1, width)
-                    squared = torch.mm(rows, matrix, out=product).mul_(rows).sum(-1)
-                    norm += squared.clamp_(min=0).sqrt_()
+                    norm += torch.mm(rows, matrix.T, out=product).square_().sum(-1).sqrt_()
                     continue
                 for column in range(0, width, _COLUMNS):
                     part = matrix[:, column : column + _COLUMNS]

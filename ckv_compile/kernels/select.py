@@ -10,7 +10,7 @@ from torch import Tensor
 from ..budget import exact_share
 from .cpu import projected_norm as cpu_norm
 from .cpu import select as cpu
-from .projected_norm import UnmadeNorm, kept_gram
+from .projected_norm import UnmadeNorm, kept_root, made_norm
 from .window_attention import window_of
 
 
@@ -47,9 +47,9 @@ def select(
     share = exact_share(first_stage_ratio)
     ratio = [share.numerator, share.denominator]
     options = (budget, window_size, ratio, epsilon, real, row_budgets)
-    if isinstance(norm, UnmadeNorm) and norm.norm == "l1" and not triton:
-        operands = (norm.value, norm.weight, norm.in_out, norm.heads)
-        return torch.ops.ckv_compile.select_bounded(base, *operands, *options)
+    if isinstance(norm, UnmadeNorm) and norm.norm != "value" and not triton:
+        operands = (norm.value, norm.weight, norm.in_out, norm.heads, norm.norm == "l2")
+        return torch.ops.ckv_compile.select_by_norm(base, *operands, *options)
     made = norm.made() if isinstance(norm, UnmadeNorm) else norm
     if not triton:
         return torch.ops.ckv_compile.select(base, made, *options)
@@ -78,6 +78,19 @@ def _select(
     real: Tensor | None,
     row_budgets: Tensor | None,
 ) -> Tensor:
+    return _selected(base, norm, budget, window_size, ratio, epsilon, real, row_budgets)
+
+
+def _selected(
+    base: Tensor,
+    norm: Tensor | None,
+    budget: int,
+    window_size: int,
+    ratio: list[int],
+    epsilon: float,
+    real: Tensor | None,
+    row_budgets: Tensor | None,
+) -> Tensor:
     if budget == base.shape[2]:
         return torch.arange(budget, device=base.device).expand(base.shape).contiguous()
     scores = None if norm is None else (base + epsilon) * norm
@@ -87,13 +100,14 @@ def _select(
     return (cpu.choose if cpu.takes(base) else _chosen)(base, scores, *options)
 
 
-@torch.library.custom_op("ckv_compile::select_bounded", mutates_args=())
-def _select_bounded(
+@torch.library.custom_op("ckv_compile::select_by_norm", mutates_args=())
+def _select_by_norm(
     base: Tensor,
     value: Tensor,
     weight: Tensor,
     in_out: bool,
     heads: int,
+    quadratic: bool,
     budget: int,
     window_size: int,
     ratio: list[int],
@@ -103,12 +117,12 @@ def _select_bounded(
 ) -> Tensor:
     options = (budget, window_size, ratio, epsilon, real, row_budgets)
     if budget == base.shape[2]:
-        return torch.ops.ckv_compile.select(base, None, *options)
-    if value.device.type != "cpu" or not cpu_norm.takes(value, weight):
-        norm = torch.ops.ckv_compile.projected_norm(value, weight, in_out, heads, False)
-        return torch.ops.ckv_compile.select(base, norm, *options)
-    gram = kept_gram(weight, in_out, heads)
-    return cpu_norm.select_bounded(base, value, weight, in_out, heads, gram, *options)[0]
+        return _selected(base, None, *options)
+    operands = (value, weight, in_out, heads)
+    if not quadratic and cpu_norm.takes(value, weight):
+        root = kept_root(weight, in_out, heads)
+        return cpu_norm.select_bounded(base, *operands, root, *options)[0]
+    return _selected(base, made_norm(*operands, quadratic), *options)
 
 
 def _chosen(
@@ -153,13 +167,14 @@ def _(
     return base.new_empty((base.shape[0], base.shape[1], budget), dtype=torch.int64)
 
 
-@_select_bounded.register_fake
+@_select_by_norm.register_fake
 def _(
     base: Tensor,
     value: Tensor,
     weight: Tensor,
     in_out: bool,
     heads: int,
+    quadratic: bool,
     budget: int,
     *options: Any,
 ) -> Tensor:

@@ -100,16 +100,10 @@ def _on_cpu(
     sinks: Tensor | None,
     causal: bool,
 ) -> Tensor:
-    if key.device.type == "cpu" and cpu.takes(key, bias):
-        (batch, heads, q_len, head_dim), kv_len = query.shape, key.shape[2]
-        window, asked, prefix = _window(q_len, kv_len, window_size, real, causal, key.device)
-        shape, first = (batch, window.shape[1]), kv_len - q_len if causal else 0
-        index = (window - first).clamp(min=0).expand(shape)[:, None, :, None]
-        rows = query.gather(2, index.expand(-1, heads, -1, head_dim)).float() * scale
-        seen = window if causal else torch.full_like(window, kv_len - 1)
-        scored = None if prefix is None else prefix[:, 0].expand(batch, -1)
-        operands = (rows, key, seen.expand(shape), asked.expand(shape), softcap, real, sinks)
-        return cpu.scores(*operands, scored, kernel_size)
+    if cpu.takes(query, key, bias):
+        return cpu.scores(
+            query, key, scale, window_size, kernel_size, softcap, real, sinks, causal
+        )
     options = (scale, window_size, kernel_size, softcap, real, bias, sinks, causal)
     with torch.autocast(key.device.type, enabled=False):  # the caller's would round logits
         return _scores(_summed_attention, query, key, *options)

@@ -40,6 +40,7 @@ def base_of(value: Tensor, seed: int, levels: int) -> Tensor:
     st.sampled_from([0.0, 0.29, 0.5, 1.0]),
     st.sampled_from([1, 4, 32]),
     st.booleans(),
+    st.sampled_from(["l1", "l2"]),
 )
 def test_a_norm_that_is_not_made_selects_the_same(
     site: dict[str, Any],
@@ -48,6 +49,7 @@ def test_a_norm_that_is_not_made_selects_the_same(
     ratio: float,
     window_size: int,
     padded: bool,
+    norm: str,
 ) -> None:
     """A bound that was too low would drop an entry that belongs to the best."""
     value, heads = site["value"], site["query"].shape[1]
@@ -60,7 +62,7 @@ def test_a_norm_that_is_not_made_selects_the_same(
         real = torch.arange(kv_len) >= kv_len - lengths[:, None]
         row_budgets = lengths.clamp(max=budget)
     options = (budget, window_size, ratio, 1e-4, real, row_budgets)
-    unmade = UnmadeNorm(value, site["weight"], site["in_out"], heads, "l1", False)
+    unmade = UnmadeNorm(value, site["weight"], site["in_out"], heads, norm, False)
     expected = select.select(base, unmade.made(), *options)
     assert torch.equal(select.select(base, unmade, *options), expected)
 
@@ -107,7 +109,7 @@ def test_of_equal_entries_the_later_one_stays_in_wide_groups(groups: int) -> Non
 
 
 def test_the_callers_autocast_changes_no_norm_and_is_not_kept() -> None:
-    """Seen: a Gram matrix in bfloat16, which was kept, and then read as float32."""
+    """Seen: a matrix of norms in bfloat16, which was kept, and then read as float32."""
     value, weight = torch.randn(1, 2, 50, 16), torch.randn(64, 64)
     for norm in ("l1", "l2"):
         unmade = UnmadeNorm(value, weight, False, 4, norm, False)
@@ -160,21 +162,44 @@ def test_an_infinite_key_spoils_no_other() -> None:
 def test_a_lower_precision_of_products_makes_no_other_matrix() -> None:
     """It is kept, and bounds are made of it."""
     weight, precision = torch.randn(64, 64), torch.get_float32_matmul_precision()
-    expected = projected_norm.gram_of(weight, False, 4)
+    expected = projected_norm.root_of(weight, False, 4)
     torch.set_float32_matmul_precision("medium")
     try:
-        assert torch.equal(projected_norm.kept_gram(weight, False, 4), expected)
+        assert torch.equal(projected_norm.kept_root(weight, False, 4), expected)
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision(precision)
+
+
+@pytest.mark.parametrize("width", [5, 16, 40])
+def test_the_root_of_a_weight_without_full_rank(width: int) -> None:
+    """Fewer columns than the head has dimensions, and columns that say nothing new."""
+    value, weight = torch.randn(1, 2, 70, 16), torch.randn(width, 64)
+    weight[3:] = weight[:1]
+    actual = projected_norm.projected_norm(value, weight, False, 4, "l2")
+    expected = reference.projected_norm(value, weight, False, 4, "l2")
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+    nothing = value * 0
+    assert not projected_norm.projected_norm(nothing, weight, False, 4, "l2").any()
+
+
+def test_logits_that_are_made_twice_score_the_same() -> None:
+    """The second pass finds those of some chunks alone: equal keys must be equal in all of them."""
+    query, key = torch.randn(1, 32, 1600, 8), torch.randn(1, 2, 1600, 8)
+    scores = window_attention.window_attention(query, key, None, 32, 3)
+    expected = reference.window_attention(query, key, None, 32, 3)
+    torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-7)
+    equal = key[:, :, :1].expand_as(key)
+    scores = window_attention.window_attention(query, equal, None, 32, 3)[0, :, :1568]
+    assert (scores == scores[:, :1]).all() and (scores > 0).all()
 
 
 def test_few_norms_are_made() -> None:
     base, unmade = wide()
     assert unmade.weight is not None
     operands = (unmade.value, unmade.weight, unmade.in_out, unmade.heads)
-    gram = projected_norm.kept_gram(*operands[1:])
-    made = cpu_norm.select_bounded(base, *operands, gram, 90, 8, [1, 2], 1e-4, None, None)[1]
+    root = projected_norm.kept_root(*operands[1:])
+    made = cpu_norm.select_bounded(base, *operands, root, 90, 8, [1, 2], 1e-4, None, None)[1]
     assert 2 * (90 - 45) <= made < 2 * 900 / 4
 
 

@@ -37,5 +37,5 @@ def test_a_node_on_a_cpu_is_traced_to_ops_of_cpus() -> None:
     query, key = torch.randn(1, 4, 50, 8), torch.randn(1, 2, 50, 8)
     graph = make_fx(node)(query, key, key, torch.randn(32, 32)).graph
     ours = {str(n.target) for n in graph.nodes if "ckv_compile" in str(n.target)}
-    names = ("window_attention", "select_bounded")
+    names = ("window_attention", "select_by_norm")
     assert ours == {f"ckv_compile.{name}.default" for name in names}

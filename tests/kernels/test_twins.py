@@ -145,7 +145,7 @@ def test_projected_norm_in_blocks(in_out: bool, kv_len: int) -> None:
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-4)
 
 
-def test_the_gram_matrix_follows_its_weight() -> None:
+def test_the_root_follows_its_weight() -> None:
     """Prevents norms of weights that are no more: written in place, through .data, or replaced."""
     value, weight = torch.randn(1, 2, 5, 8), torch.nn.Parameter(torch.randn(12, 32))
 
@@ -165,17 +165,17 @@ def test_the_gram_matrix_follows_its_weight() -> None:
         check()
 
 
-def test_the_gram_matrix_is_made_once_and_goes_with_its_weight() -> None:
+def test_the_root_is_made_once_and_goes_with_its_weight() -> None:
     """Prevents a product with W in each prefill, and matrices of models that were deleted."""
-    weight, made = torch.randn(12, 32), projected_norm.gram_of
-    held = len(projected_norm._GRAMS)
-    with mock.patch.object(projected_norm, "gram_of", side_effect=made) as gram_of:
+    weight, made = torch.randn(12, 32), projected_norm.root_of
+    held = len(projected_norm._ROOTS)
+    with mock.patch.object(projected_norm, "root_of", side_effect=made) as root_of:
         for _ in range(3):
             projected_norm.projected_norm(torch.randn(1, 2, 5, 8), weight, False, 4, "l2")
-    assert gram_of.call_count == 1 and len(projected_norm._GRAMS) == held + 1
+    assert root_of.call_count == 1 and len(projected_norm._ROOTS) == held + 1
     del weight
     gc.collect()
-    assert len(projected_norm._GRAMS) == held
+    assert len(projected_norm._ROOTS) == held
 
 
 @pytest.mark.parametrize("kv_len", [63, 64, 65, 129, 200])
@@ -460,8 +460,9 @@ def test_the_custom_ops_keep_their_promises() -> None:
         (value, weight, False, 4, False),
         test_utils=tests,
     )
-    torch.library.opcheck(
-        torch.ops.ckv_compile.select_bounded.default,
-        (base, value, weight, False, 4, 9, 3, [1, 2], 1e-4, None, None),
-        test_utils=tests,
-    )
+    for quadratic in (False, True):
+        torch.library.opcheck(
+            torch.ops.ckv_compile.select_by_norm.default,
+            (base, value, weight, False, 4, quadratic, 9, 3, [1, 2], 1e-4, None, None),
+            test_utils=tests,
+        )

@@ -26,6 +26,7 @@ PRELUDE = r"""
 #include <cstring>
 #include <functional>
 #include <limits>
+#include <memory>
 #include <type_traits>
 #include <vector>
 
@@ -71,19 +72,45 @@ inline float sum_of(vec value) {
   return parts[0];
 }
 
-// ROWS rows of a, `stride` apart, times a panel [depth][COLUMNS].
-inline void multiply(const float* a, int64_t stride, const float* panel, int64_t depth,
-                     vec (&out)[ROWS][2]) {
-  for (int64_t r = 0; r < ROWS; ++r) out[r][0] = out[r][1] = vec{};
+#if defined(__AVX512F__)
+inline vec even_lanes(vec a, vec b) {
+  return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+}
+inline vec odd_lanes(vec a, vec b) {
+  return __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+}
+#else
+inline vec even_lanes(vec a, vec b) {
+  return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14);
+}
+inline vec odd_lanes(vec a, vec b) {
+  return __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15);
+}
+#endif
+
+// The sum of each of LANES vectors, in its lane.
+inline vec sums_of(vec (&v)[LANES]) {
+  for (int64_t count = LANES / 2; count; count /= 2)
+    for (int64_t i = 0; i < count; ++i)
+      v[i] = even_lanes(v[2 * i], v[2 * i + 1]) + odd_lanes(v[2 * i], v[2 * i + 1]);
+  return v[0];
+}
+
+// Rows [ROWS][depth] times a panel [depth][COLUMNS]. Not inline: among other values GCC keeps some of
+// the sums in memory.
+__attribute__((noinline)) void multiply(const float* rows, const float* panel, int64_t depth,
+                                        vec (&out)[ROWS][2]) {
+  vec sums[ROWS][2] = {};  // not `out`, which might be what `rows` points to
   for (int64_t d = 0; d < depth; ++d) {
     const vec left = load(panel + d * COLUMNS), right = load(panel + d * COLUMNS + LANES);
     #pragma GCC unroll 12
     for (int64_t r = 0; r < ROWS; ++r) {
-      const float x = a[r * stride + d];
-      out[r][0] += x * left;
-      out[r][1] += x * right;
+      const float x = rows[r * depth + d];
+      sums[r][0] += x * left;
+      sums[r][1] += x * right;
     }
   }
+  std::memcpy(out, sums, sizeof(out));
 }
 
 // ROWS rows [depth] as floats, one behind the other; those behind `some` are zero.

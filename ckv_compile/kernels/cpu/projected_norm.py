@@ -16,26 +16,24 @@ _NORMS = r"""
 constexpr int64_t BLOCK = 4 * COLUMNS;
 
 // The projections of values, in panels [depth][COLUMNS], by a head's matrix, whose column e is at
-// e * stride_e: the sum of their sizes, or if quadratic of their products with the values.
+// e * stride_e: the sum of their sizes; or if quadratic of their squares, by an upper triangular
+// root, whose row e is at e * stride_e and begins with e zeros.
 template <bool quadratic, typename weights>
 void add_norms(const weights* matrix, int64_t stride_d, int64_t stride_e, const float* panels,
                int64_t count, int64_t depth, int64_t width, float* room, float* to) {
   vec sums[BLOCK / COLUMNS][2] = {};
   for (int64_t e = 0; e < width; e += ROWS) {
-    const int64_t some = std::min(ROWS, width - e);
+    const int64_t some = std::min(ROWS, width - e), first = quadratic ? e : 0;
     // Copied in any case: rows that are a power of two apart would take each other's place in L1.
-    copy_rows(matrix + e * stride_e, stride_e, stride_d, some, depth, room);
+    copy_rows(matrix + e * stride_e + first * stride_d, stride_e, stride_d, some, depth - first,
+              room);
     for (int64_t i = 0; i * COLUMNS < count; ++i) {
-      const float* panel = panels + i * COLUMNS * depth;
       vec product[ROWS][2];
-      multiply(room, depth, panel, depth, product);
+      multiply(room, panels + (i * depth + first) * COLUMNS, depth - first, product);
       for (int64_t r = 0; r < some; ++r)
         for (int64_t side = 0; side < 2; ++side) {
           const vec x = product[r][side];
-          if (quadratic)
-            sums[i][side] += x * load(panel + (e + r) * COLUMNS + side * LANES);
-          else
-            sums[i][side] += x < 0.0f ? -x : x;
+          sums[i][side] += quadratic ? x * x : x < 0.0f ? -x : x;
         }
     }
   }
@@ -106,15 +104,14 @@ void add_members(const float* each, int64_t groups, int64_t most, int64_t count,
   for (int64_t i = 0; i < count; ++i) out[i] /= groups;
 }
 
-// The mean norm [batch, kv_heads, most]: L1, or L2 by Gram matrices.
+// The mean norm [batch, kv_heads, most]: L1, or L2 by roots of Gram matrices.
 template <bool quadratic, typename scalar, typename weights>
 void mean_norms(const Values<scalar>& v, const Weight<weights>& w, const Asked& asked,
                 float* out) {
   std::vector<float> each(v.pairs() * v.groups * asked.most);
   norms<quadratic>(v, w, asked, each.data());
-  // Rounding may leave a tiny negative number where the norm is zero.
   if (quadratic)
-    for (float& x : each) x = std::sqrt(x < 0.0f ? 0.0f : x);
+    for (float& x : each) x = std::sqrt(x);
   #pragma omp parallel for num_threads(v.threads)
   for (int64_t pair = 0; pair < v.pairs(); ++pair)
     add_members(&each[pair * v.groups * asked.most], v.groups, asked.most, asked.counts[pair],
@@ -126,12 +123,12 @@ _BOUNDED = r"""
 // What the mean L1 norm of each value is at most, [batch, kv_heads, kv_len]:
 // ||x||_1 <= sqrt(width) ||x||_2, and what rounding can take from that (`lost`, of each head).
 template <typename scalar>
-void bounds(const Values<scalar>& v, const float* gram, const float* lost, int64_t width,
+void bounds(const Values<scalar>& v, const float* root, const float* lost, int64_t width,
             float* out) {
   const std::vector<int64_t> counts(v.pairs(), v.kv_len);
   std::vector<float> each(v.pairs() * v.groups * v.kv_len);
-  const Weight<float> symmetric{gram, v.depth * v.depth, 1, v.depth, v.depth};
-  norms<true>(v, symmetric, Asked{nullptr, counts.data(), v.kv_len}, each.data());
+  const Weight<float> by_rows{root, v.depth * v.depth, 1, v.depth, v.depth};
+  norms<true>(v, by_rows, Asked{nullptr, counts.data(), v.kv_len}, each.data());
   #pragma omp parallel for num_threads(v.threads)
   for (int64_t pair = 0; pair < v.pairs(); ++pair) {
     for (int64_t i = 0; i < v.kv_len; ++i) {
@@ -146,12 +143,12 @@ void bounds(const Values<scalar>& v, const float* gram, const float* lost, int64
       float largest;
       std::memcpy(&largest, &bits, sizeof(largest));
       for (int64_t member = 0; member < v.groups; ++member) {
-        float& squared = each[(pair * v.groups + member) * v.kv_len + i];
-        squared = squared < 0.0f ? 0.0f : squared;
-        squared += v.depth * largest * largest * lost[pair % v.kv_heads * v.groups + member];
+        float& bound = each[(pair * v.groups + member) * v.kv_len + i];
+        bound = std::sqrt(bound) +
+                lost[pair % v.kv_heads * v.groups + member] * largest;
         // Squares of tiny numbers are zero, and these may not be.
-        if (squared < 1e-30f && largest > 0.0f) squared = INFINITY;
-        squared = std::sqrt(squared * (1.002f * width));
+        if (bound < 1e-15f && largest > 0.0f) bound = INFINITY;
+        bound *= std::sqrt(1.002f * width);
       }
     }
     add_members(&each[pair * v.groups * v.kv_len], v.groups, v.kv_len, v.kv_len,
@@ -166,13 +163,13 @@ void bounds(const Values<scalar>& v, const float* gram, const float* lost, int64
 // cannot be among the best. Returns how many norms were made.
 template <typename scalar, typename weights>
 int64_t select_bounded(const Selection& s, const Values<scalar>& v, const Weight<weights>& w,
-                       const float* gram, const float* lost, float epsilon, int64_t* out) {
+                       const float* root, const float* lost, float epsilon, int64_t* out) {
   const int64_t kv_len = v.kv_len, pairs = v.pairs();
   std::vector<float> highest(pairs * kv_len), scores(pairs * kv_len, -INFINITY), worst(pairs);
   std::vector<char> kept_of(pairs * kv_len);
   std::vector<int64_t> counts(pairs), index;
   bool* kept = reinterpret_cast<bool*>(kept_of.data());
-  bounds(v, gram, lost, w.width, highest.data());
+  bounds(v, root, lost, w.width, highest.data());
 
   const auto attention = [&](int64_t pair, int64_t i) {
     return s.base[pair * kv_len + i] + epsilon;
@@ -268,7 +265,7 @@ int64_t select_bounded(const Selection& s, const Values<scalar>& v, const Weight
     quadratic ? mean_norms<true>(v, w, asked, out) : mean_norms<false>(v, w, asked, out);         \
   }                                                                                               \
   extern "C" int64_t select_bounded_##scalar##_##weights(                                         \
-      const void* value, const int64_t* strides, const void* weight, const float* gram,           \
+      const void* value, const int64_t* strides, const void* weight, const float* root,           \
       const float* lost, const float* base, const bool* real, const int64_t* row_budgets,         \
       int64_t stride_h, int64_t stride_d, int64_t stride_e, int64_t width, int64_t batch,        \
       int64_t kv_heads, int64_t groups, int64_t kv_len, int64_t depth, int64_t threads,           \
@@ -280,7 +277,7 @@ int64_t select_bounded(const Selection& s, const Values<scalar>& v, const Weight
                             width};                                                               \
     const Selection s{base,   real,   row_budgets, kv_heads,    kv_len,                           \
                       budget, window, numerator,   denominator};                                  \
-    return select_bounded(s, v, w, gram, lost, epsilon, out);                                     \
+    return select_bounded(s, v, w, root, lost, epsilon, out);                                     \
   }
 EXPORT(float, float)
 EXPORT(bfloat16, float)
@@ -299,16 +296,17 @@ def _library() -> Any:
 def takes(value: Tensor, weight: Tensor) -> bool:
     """Whether the kernel is for these operands."""
     known = value.dtype in SUFFIX and weight.dtype in (torch.float32, value.dtype)
+    known = known and value.device.type == "cpu"
     return known and _library() is not None
 
 
 def mean_norms(value: Tensor, weight: Tensor, in_out: bool, heads: int, quadratic: bool) -> Tensor:
-    """The mean over a group's query heads of ``||v W||_1``, or of ``sqrt(v G v^T)``.
+    """The mean over a group's query heads of ``||v W||_1``, or of ``||R v||_2``.
 
     Args:
         value: ``[B, Hkv, K, Dv]``, float32, bfloat16 or float16.
         weight: ``[E, H*Dv]``, or ``[H*Dv, E]`` if ``in_out``, float32 or of the value's dtype; the
-            Gram matrices ``[H*Dv, Dv]`` if ``quadratic``.
+            roots ``R`` ``[H*Dv, Dv]`` if ``quadratic``.
         heads: H.
 
     Returns:
@@ -331,7 +329,7 @@ def select_bounded(
     weight: Tensor,
     in_out: bool,
     heads: int,
-    gram: Tensor,
+    root: Tensor,
     budget: int,
     window_size: int,
     ratio: list[int],
@@ -342,18 +340,19 @@ def select_bounded(
     """What a selection by ``(base + epsilon) * ||v W||_1`` keeps, and of how many it made norms.
 
     Args:
-        gram: the weight's Gram matrices ``[H*Dv, Dv]`` float32.
+        root: ``R`` of each head, ``[H*Dv, Dv]`` float32, with ``R^T R = W W^T``.
         budget: below K.
 
     Returns:
         ``[B, Hkv, budget]`` int64, as :func:`ckv_compile.kernels.select.select`.
     """
     depth, strides = value.shape[3], torch.tensor(value.stride(), device="cpu")
-    # What float32 sums can lose of a quadratic form, twice.
-    rounding = 2 * depth * torch.finfo(torch.float32).eps
-    lost = torch.linalg.vector_norm(gram.view(heads, -1), dim=1) * rounding
+    # What float32 sums can lose of ||R v||, of ||v W|| and when R is made; of the largest number
+    # in v, as ||v|| is at most sqrt(Dv) times that.
+    rounding = 4 * depth**1.5 * torch.finfo(torch.float32).eps
+    lost = torch.linalg.vector_norm(root.view(heads, -1), dim=1) * rounding
     operands = [
-        None if x is None else x.contiguous() for x in (gram, lost, base, real, row_budgets)
+        None if x is None else x.contiguous() for x in (root, lost, base, real, row_budgets)
     ]
     out = base.new_empty((*base.shape[:2], budget), dtype=torch.int64)
     run = _entry("select_bounded", value, weight)
@@ -378,7 +377,7 @@ def _sizes(
     batch, kv_heads, kv_len, depth = value.shape
     stride_d, stride_e = weight.stride() if in_out else weight.stride()[::-1]
     stride_h = depth * stride_d
-    if quadratic:  # symmetric: as rows that need no transposing
+    if quadratic:  # by rows
         stride_d, stride_e = stride_e, stride_d
     lengths = (batch, kv_heads, heads // kv_heads, kv_len, depth)
     width = weight.shape[1 if in_out else 0]

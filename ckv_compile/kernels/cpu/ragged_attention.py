@@ -28,30 +28,6 @@ static_assert(CHUNK % BLOCK == 0, "a chunk is whole blocks");
 
 inline int64_t padded(int64_t size) { return (size + LANES - 1) / LANES * LANES; }
 
-#if defined(__AVX512F__)
-inline vec even_lanes(vec a, vec b) {
-  return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-}
-inline vec odd_lanes(vec a, vec b) {
-  return __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
-}
-#else
-inline vec even_lanes(vec a, vec b) {
-  return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14);
-}
-inline vec odd_lanes(vec a, vec b) {
-  return __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15);
-}
-#endif
-
-// The sum of each of LANES vectors, in its lane.
-inline vec sums_of(vec (&v)[LANES]) {
-  for (int64_t count = LANES / 2; count; count /= 2)
-    for (int64_t i = 0; i < count; ++i)
-      v[i] = even_lanes(v[2 * i], v[2 * i + 1]) + odd_lanes(v[2 * i], v[2 * i + 1]);
-  return v[0];
-}
-
 // `count` entries as floats, `stride` apart: in place, or copied to `room` [BLOCK][padded(size)].
 template <typename scalar>
 const float* block_of(const scalar* from, int64_t count, int64_t size, float* room,

@@ -6,7 +6,6 @@ import ctypes
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .build import PRELUDE, SUFFIX, TILES, library, pointer, sizes
@@ -17,7 +16,10 @@ _SOURCE = (
     + r"""
 // Keys of a task.
 constexpr int64_t CHUNK = 252;
-static_assert(CHUNK % ROWS == 0, "a chunk is whole tiles");
+static_assert(CHUNK % ROWS == 0 && ROWS <= LANES, "a chunk is whole tiles, of few rows");
+// Logits that the second pass finds as the first one left them, 4 MiB in all, however long the keys
+// are: of the first chunks of each head. The others' are made twice.
+constexpr int64_t HELD = int64_t{1} << 20;
 
 template <typename scalar>
 struct Window {
@@ -34,18 +36,27 @@ struct Window {
   int64_t heads() const { return kv_heads * groups; }
 
   // Calls f(j, some, panel of the group's, logits of its queries on the `some` keys from j).
+  // They are left in `held`, or read from there if they are `made`; null to make them.
   template <typename function>
-  void for_logits(int64_t pair, int64_t start, int64_t end, float* room, const function& f) const {
+  void for_logits(int64_t pair, int64_t start, int64_t end, float* room, float* held, bool made,
+                  const function& f) const {
     const int64_t b = pair / kv_heads, count = groups * panels;
     const scalar* keys = key + b * strides[0] + pair % kv_heads * strides[1];
     const float* from = queries + pair * count * depth * COLUMNS;
     vec tile[ROWS][2];
     for (int64_t j = start; j < end; j += ROWS) {
       const int64_t some = std::min(ROWS, end - j);
-      copy_rows(keys + j * strides[2], strides[2], strides[3], some, depth, room);
+      if (!held || !made)
+        copy_rows(keys + j * strides[2], strides[2], strides[3], some, depth, room);
       for (int64_t panel = 0; panel < count; ++panel) {
-        multiply(room, depth, from + panel * depth * COLUMNS, depth, tile);
-        hide(b, b * panels + panel % panels, j, some, tile);
+        if (held && made) {
+          std::memcpy(tile, held, sizeof(tile));
+        } else {
+          multiply(room, from + panel * depth * COLUMNS, depth, tile);
+          hide(b, b * panels + panel % panels, j, some, tile);
+          if (held) std::memcpy(held, tile, sizeof(tile));
+        }
+        if (held) held += ROWS * COLUMNS;
         f(j, some, panel, tile);
       }
     }
@@ -75,19 +86,74 @@ struct Window {
   }
 };
 
+// What a call asks: its queries as the lanes hold them, and which keys are scored.
+struct Asked {
+  int64_t panels;
+  std::vector<float> queries;
+  std::vector<int64_t> last_seen, least_seen;
+  std::vector<char> asked;   // [batch, panels * COLUMNS]
+  std::vector<char> prefix;  // [batch, kv_len]; empty for all
+
+  // The last `size` queries, real ones if some are pads: in a causal call of the last q_len keys.
+  template <typename scalar>
+  Asked(const scalar* query, const int64_t* strides, const bool* real, int64_t batch,
+        int64_t heads, int64_t q_len, int64_t kv_len, int64_t depth, int64_t size, float scale,
+        bool causal)
+      : panels((size + COLUMNS - 1) / COLUMNS),
+        queries(batch * heads * panels * depth * COLUMNS),
+        last_seen(batch * panels * COLUMNS, kv_len),
+        least_seen(batch * panels, kv_len),
+        asked(batch * panels * COLUMNS),
+        prefix(causal ? batch * kv_len : 0) {
+    const int64_t padded = panels * COLUMNS, first = causal ? kv_len - q_len : 0;
+    std::vector<int64_t> at;  // positions of the tokens, or steps of the queries
+    for (int64_t b = 0; b < batch; ++b) {
+      at.clear();
+      for (int64_t j = 0; j < (causal ? kv_len : q_len); ++j)
+        if (!real || real[b * kv_len + j]) at.push_back(j);
+      const int64_t before = static_cast<int64_t>(at.size()) - size;
+      for (int64_t i = 0; causal && i < before; ++i) prefix[b * kv_len + at[i]] = 1;
+      for (int64_t t = 0; t < size; ++t) {
+        const int64_t rank = std::max(t + before, int64_t{0});
+        const int64_t position = at.empty() ? 0 : at[rank], column = b * padded + t;
+        const int64_t last = last_seen[column] = causal ? position : kv_len - 1;
+        int64_t& least = least_seen[column / COLUMNS];
+        least = std::min(least, last);
+        asked[column] = causal ? position >= first : t + before >= 0;
+        const scalar* row =
+            query + b * strides[0] + std::max(position - first, int64_t{0}) * strides[2];
+        for (int64_t head = 0; head < heads; ++head) {
+          const int64_t panel = (b * heads + head) * panels + t / COLUMNS;
+          float* to = &queries[panel * depth * COLUMNS + t % COLUMNS];
+          for (int64_t d = 0; d < depth; ++d)
+            to[d * COLUMNS] = as_float(row[head * strides[1] + d * strides[3]]) * scale;
+        }
+      }
+    }
+  }
+};
+
 // The larger, and NaN if either is.
 inline float larger(float x, float y) { return x > y || x != x ? x : y; }
 
 // Mean attention of the queries that are asked, the largest of `kernel` neighbours in the prefix,
 // and the mean over the group, [batch, kv_heads, kv_len].
 template <typename scalar>
-void scores(const Window<scalar>& w, const bool* asked, const float* sinks, const bool* prefix,
+void scores(const Window<scalar>& w, const char* asked, const float* sinks, const char* prefix,
             int64_t batch, int64_t kernel, int64_t threads, float* out) {
   const int64_t chunks = (w.kv_len + CHUNK - 1) / CHUNK, heads = w.heads();
   const int64_t padded = w.panels * COLUMNS, queries = w.groups * padded;
   const int64_t tasks = batch * w.kv_heads * chunks;
   std::vector<float> largest(tasks * queries), sums(tasks * queries);
   std::vector<float> lse(batch * heads * padded), attention(batch * heads * w.kv_len);
+  const int64_t held_chunks = std::min(chunks, HELD / (batch * w.kv_heads * queries * CHUNK));
+  const std::unique_ptr<float[]> logits(
+      new float[batch * w.kv_heads * held_chunks * queries * CHUNK]);  // not set to zero
+  const auto held = [&](int64_t task) -> float* {
+    const int64_t pair = task / chunks, chunk = task % chunks;
+    if (chunk >= held_chunks) return nullptr;
+    return &logits[(pair * held_chunks + chunk) * queries * CHUNK];
+  };
   #pragma omp parallel num_threads(threads)
   {
     std::vector<float> room(ROWS * w.depth), best(CHUNK);
@@ -109,7 +175,7 @@ void scores(const Window<scalar>& w, const bool* asked, const float* sinks, cons
           store(total + at, sum);
         }
       };
-      w.for_logits(task / chunks, start, end, room.data(), add);
+      w.for_logits(task / chunks, start, end, room.data(), held(task), false, add);
     }
     #pragma omp for
     for (int64_t i = 0; i < batch * heads * padded; ++i) {
@@ -136,12 +202,15 @@ void scores(const Window<scalar>& w, const bool* asked, const float* sinks, cons
         const vec left = load(norm), right = load(norm + LANES);
         float* to = &attention[(pair * w.groups + panel / w.panels) * w.kv_len + j];
         // Lanes that add nothing may hold NaN all the same: zero times an infinite key.
+        vec weights[LANES] = {};
         for (int64_t r = 0; r < some; ++r)
-          to[r] += sum_of((left == INFINITY ? vec{} : exp_of_negative(tile[r][0] - left)) +
-                          (right == INFINITY ? vec{} : exp_of_negative(tile[r][1] - right)));
+          weights[r] = (left == INFINITY ? vec{} : exp_of_negative(tile[r][0] - left)) +
+                       (right == INFINITY ? vec{} : exp_of_negative(tile[r][1] - right));
+        const vec sums = sums_of(weights);
+        for (int64_t r = 0; r < some; ++r) to[r] += sums[r];
       };
-      w.for_logits(pair, start, end, room.data(), add);
-      const int64_t count = std::count(asked + b * padded, asked + (b + 1) * padded, true);
+      w.for_logits(pair, start, end, room.data(), held(task), true, add);
+      const int64_t count = std::count(asked + b * padded, asked + (b + 1) * padded, 1);
       for (int64_t member = 0; member < w.groups; ++member) {
         float* to = &attention[(pair * w.groups + member) * w.kv_len];
         for (int64_t j = start; j < end; ++j)
@@ -173,22 +242,22 @@ void scores(const Window<scalar>& w, const bool* asked, const float* sinks, cons
 
 }  // namespace
 
-extern "C" int64_t queries_of_a_panel() { return COLUMNS; }
-
 #define EXPORT(scalar)                                                                            \
   extern "C" void scores_##scalar(                                                                \
-      const float* queries, const void* key, const int64_t* strides, const int64_t* last_seen,    \
-      const int64_t* least_seen, const bool* asked, const bool* real, const float* sinks,         \
-      const bool* prefix, int64_t batch, int64_t kv_heads, int64_t groups, int64_t panels,        \
-      int64_t depth, int64_t kv_len, int64_t kernel, int64_t threads, float softcap,              \
-      float* out) {                                                                               \
-    const Window<scalar> w{queries,   static_cast<const scalar*>(key),                            \
-                           strides,   last_seen,                                                  \
-                           least_seen, real,                                                      \
-                           kv_heads,  groups,                                                     \
-                           panels,    depth,                                                      \
-                           kv_len,    softcap};                                                   \
-    scores(w, asked, sinks, prefix, batch, kernel, threads, out);                                 \
+      const void* query, const int64_t* query_strides, const void* key, const int64_t* strides,   \
+      const bool* real, const float* sinks, int64_t batch, int64_t kv_heads, int64_t groups,      \
+      int64_t q_len, int64_t kv_len, int64_t depth, int64_t window, int64_t kernel,               \
+      int64_t causal, int64_t threads, float scale, float softcap, float* out) {                  \
+    const Asked a(static_cast<const scalar*>(query), query_strides, real, batch,                  \
+                  kv_heads * groups, q_len, kv_len, depth, window, scale, causal);                \
+    const Window<scalar> w{a.queries.data(),    static_cast<const scalar*>(key),                  \
+                           strides,             a.last_seen.data(),                               \
+                           a.least_seen.data(), real,                                             \
+                           kv_heads,            groups,                                           \
+                           a.panels,            depth,                                            \
+                           kv_len,              softcap};                                         \
+    scores(w, a.asked.data(), sinks, causal ? a.prefix.data() : nullptr, batch, kernel, threads,  \
+           out);                                                                                  \
   }
 EXPORT(float)
 EXPORT(bfloat16)
@@ -201,56 +270,42 @@ def _library() -> Any:
     return library(_SOURCE, "the window's attention, which is then made by library calls")
 
 
-def takes(key: Tensor, bias: Tensor | None) -> bool:
+def takes(query: Tensor, key: Tensor, bias: Tensor | None) -> bool:
     """Whether the kernel is for these operands."""
-    return bias is None and key.dtype in SUFFIX and _library() is not None
+    known = key.device.type == "cpu" and key.dtype in SUFFIX and query.dtype == key.dtype
+    return bias is None and known and _library() is not None
 
 
 def scores(
-    rows: Tensor,
+    query: Tensor,
     key: Tensor,
-    last_seen: Tensor,
-    asked: Tensor,
+    scale: float,
+    window_size: int,
+    kernel_size: int,
     softcap: float | None,
     real: Tensor | None,
     sinks: Tensor | None,
-    prefix: Tensor | None,
-    kernel_size: int,
+    causal: bool,
 ) -> Tensor:
-    """Mean attention of the queries that are asked on every key, pooled, mean over the group.
+    """Mean attention of the window on every key, pooled, mean over the group.
 
-    Args:
-        rows: ``[B, H, W, D]`` float32, the window's queries times the scale.
-        key: ``[B, Hkv, K, D]``, float32, bfloat16 or float16.
-        last_seen: ``[B, W]`` int64, the last key that each query sees.
-        asked: ``[B, W]`` bool.
-        softcap: logits are ``softcap * tanh(logits / softcap)``, or None.
-        real: ``[B, K]`` bool, False at keys that nobody sees, or None.
-        sinks: ``[H]``, logits of one more key for each head, or None.
-        prefix: ``[B, K]`` bool, the keys that are scored, or None for all; others score 0.
-        kernel_size: neighbours of which the largest counts, odd.
+    Args as of :func:`ckv_compile.kernels.window_attention.window_attention`, float32, bfloat16 or
+    float16. Not ``causal``: every query sees all keys, and all of these are scored.
 
     Returns:
-        ``[B, Hkv, K]`` float32.
+        ``[B, Hkv, K]`` float32; 0 where a key is not scored.
     """
-    (batch, heads, window, depth), (kv_heads, kv_len) = rows.shape, key.shape[1:3]
-    library = _library()
-    columns = library.queries_of_a_panel()
-    missing = -window % columns
-    panels = F.pad(rows, (0, 0, 0, missing)).unflatten(2, (-1, columns)).transpose(3, 4)
-    last_seen = F.pad(last_seen, (0, missing), value=kv_len)
-    least_seen = last_seen.unflatten(1, (-1, columns)).amin(2)
-    operands = (
-        panels, key, torch.tensor(key.stride(), device="cpu"), last_seen, least_seen,
-        F.pad(asked, (0, missing)), real, None if sinks is None else sinks.float(), prefix,
-    )  # fmt: skip
-    # The key is read by its strides.
-    held = [x if x is None or x is key else x.contiguous() for x in operands]
-    out = rows.new_empty((batch, kv_heads, kv_len))
-    lengths = (batch, kv_heads, heads // kv_heads, panels.shape[2], depth, kv_len, kernel_size)
-    getattr(library, f"scores_{SUFFIX[key.dtype]}")(
-        *map(pointer, held),
-        *sizes(*lengths, torch.get_num_threads()),
+    (batch, heads, q_len, depth), (kv_heads, kv_len) = query.shape, key.shape[1:3]
+    strides = (torch.tensor(one.stride(), device="cpu") for one in (query, key))
+    query_strides, key_strides = strides
+    real = None if real is None else real.contiguous()
+    sinks = None if sinks is None else sinks.float().contiguous()
+    out = key.new_empty((batch, kv_heads, kv_len), dtype=torch.float32)
+    lengths = (batch, kv_heads, heads // kv_heads, q_len, kv_len, depth, window_size, kernel_size)
+    getattr(_library(), f"scores_{SUFFIX[key.dtype]}")(
+        *map(pointer, (query, query_strides, key, key_strides, real, sinks)),
+        *sizes(*lengths, causal, torch.get_num_threads()),
+        ctypes.c_float(scale),
         ctypes.c_float(softcap or 0.0),
         pointer(out),
     )
