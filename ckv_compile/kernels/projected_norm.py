@@ -202,9 +202,7 @@ def made_norm(value: Tensor, weight: Tensor, in_out: bool, heads: int, quadratic
     return _mean_norms(value, weight, in_out, heads, quadratic)
 
 
-def _mean_norms(
-    value: Tensor, weight: Tensor, in_out: bool, heads: int, quadratic: bool
-) -> Tensor:
+def _mean_norms(value: Tensor, weight: Tensor, in_out: bool, heads: int, quadratic: bool) -> Tensor:
     if cpu.takes(value, weight):
         return cpu.mean_norms(value, weight, in_out, heads, quadratic)
     with torch.autocast(value.device.type, enabled=False):

@@ -118,11 +118,10 @@ def _select_by_norm(
     options = (budget, window_size, ratio, epsilon, real, row_budgets)
     if budget == base.shape[2]:
         return _selected(base, None, *options)
-    operands = (value, weight, in_out, heads)
     if not quadratic and cpu_norm.takes(value, weight):
         root = kept_root(weight, in_out, heads)
-        return cpu_norm.select_bounded(base, *operands, root, *options)[0]
-    return _selected(base, made_norm(*operands, quadratic), *options)
+        return cpu_norm.select_bounded(base, value, weight, in_out, heads, root, *options)[0]
+    return _selected(base, made_norm(value, weight, in_out, heads, quadratic), *options)
 
 
 def _chosen(

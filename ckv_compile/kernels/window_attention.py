@@ -101,9 +101,7 @@ def _on_cpu(
     causal: bool,
 ) -> Tensor:
     if cpu.takes(query, key, bias):
-        return cpu.scores(
-            query, key, scale, window_size, kernel_size, softcap, real, sinks, causal
-        )
+        return cpu.scores(query, key, scale, window_size, kernel_size, softcap, real, sinks, causal)
     options = (scale, window_size, kernel_size, softcap, real, bias, sinks, causal)
     with torch.autocast(key.device.type, enabled=False):  # the caller's would round logits
         return _scores(_summed_attention, query, key, *options)

@@ -96,8 +96,8 @@ inline vec sums_of(vec (&v)[LANES]) {
   return v[0];
 }
 
-// Rows [ROWS][depth] times a panel [depth][COLUMNS]. Not inline: among other values GCC keeps some of
-// the sums in memory.
+// Rows [ROWS][depth] times a panel [depth][COLUMNS]. Not inline: among other values GCC keeps some
+// of the sums in memory.
 __attribute__((noinline)) void multiply(const float* rows, const float* panel, int64_t depth,
                                         vec (&out)[ROWS][2]) {
   vec sums[ROWS][2] = {};  // not `out`, which might be what `rows` points to
