@@ -32,6 +32,7 @@ from .passes.attention import find_attentions
 from .passes.axes import chain_above, upstream
 from .passes.insert import Inserted, insert_eviction
 from .passes.match import match_sites, module_path_of
+from .passes.nodes import derive, fake_mode_of, outputs_of, shape_of, value_of
 from .passes.pipeline import Rewritten
 from .passes.verify import VerificationError, verify
 from .report import NOTHING_MATCHED, Report
@@ -79,7 +80,7 @@ def _rewritten(
     training = any(vocab.is_training_dropout(node) for node in gm.graph.nodes)
     sites, rejections = match_sites(gm, training=training, projected=config.reads_projection)
     sites, refused = _refused(program, gm, sites)
-    before = vocab.outputs_of(gm)
+    before = outputs_of(gm)
     with _every_length(gm):
         inserted = insert_eviction(gm, sites, config)
     verify(gm, before, inserted)
@@ -190,7 +191,7 @@ def _inline(gm: GraphModule, inserted: Sequence[Inserted]) -> None:
             values = gm.graph.graph_copy(body, copies)
         for old, new in copies.items():
             if old.op != "placeholder":
-                vocab.derive(new, node)
+                derive(new, node)
                 new._rename(f"{node.target}_{old.name}")
         for item in list(node.users):
             item.replace_all_uses_with(values[item.args[1]])
@@ -204,7 +205,7 @@ def _inline(gm: GraphModule, inserted: Sequence[Inserted]) -> None:
 @contextlib.contextmanager
 def _every_length(gm: GraphModule) -> Iterator[None]:
     """Let nothing that is traced meanwhile hold for some sizes only: a program has no guards."""
-    inputs = [vocab.shape_of(node) or () for node in gm.graph.nodes if node.op == "placeholder"]
+    inputs = [shape_of(node) or () for node in gm.graph.nodes if node.op == "placeholder"]
     symbols = [n for n in itertools.chain(*inputs) if isinstance(n, torch.SymInt)]
     shapes: Any = symbols[0].node.shape_env if symbols else None
     for symbol in {n.node.expr for n in symbols if n.node.expr.is_Symbol}:
@@ -224,12 +225,12 @@ def _traced(eviction: Inserted, operands: Sequence[Node]) -> torch.fx.Graph:
     node = eviction.node
 
     def body(*given: Any) -> Any:
-        value_of = dict(zip(operands, given, strict=True)).__getitem__
-        return eviction.module(*map_arg(node.args, value_of), **map_arg(node.kwargs, value_of))
+        given_for = dict(zip(operands, given, strict=True)).__getitem__
+        return eviction.module(*map_arg(node.args, given_for), **map_arg(node.kwargs, given_for))
 
-    values = [vocab.value_of(operand) for operand in operands]
+    values = [value_of(operand) for operand in operands]
     # Factories such as arange must make fake tensors as well.
-    with torch.no_grad(), vocab.fake_mode_of(values), enable_python_dispatcher():
+    with torch.no_grad(), fake_mode_of(values), enable_python_dispatcher():
         graph = make_fx(body)(*values).graph
     graph.eliminate_dead_code()
     for constant in graph.find_nodes(op="get_attr"):
@@ -242,7 +243,7 @@ def _likeness(eviction: Inserted, operands: Sequence[Node]) -> str:
     node = eviction.node
     slot = {operand: f"operand {i}" for i, operand in enumerate(operands)}
     called = map_arg((node.args, node.kwargs), slot.__getitem__)
-    values = [vocab.value_of(operand) for operand in operands]
+    values = [value_of(operand) for operand in operands]
     seen = [
         (value.dtype, value.device, value.shape, value.stride())
         if isinstance(value, torch.Tensor)
@@ -260,7 +261,7 @@ def _signature(
     specs = [
         dataclasses.replace(spec, arg=TensorArgument(name=node.name)) if i in cut else spec
         for i, (spec, node) in enumerate(
-            zip(program.graph_signature.output_specs, vocab.outputs_of(gm), strict=True)
+            zip(program.graph_signature.output_specs, outputs_of(gm), strict=True)
         )
     ]
     return dataclasses.replace(program.graph_signature, output_specs=specs)

@@ -8,6 +8,7 @@ from ..site import Reason, Rejection
 from . import vocabulary as vocab
 from .attention import Attention, find_attentions
 from .flex import find_flex
+from .nodes import name_of
 
 
 def find_anchors(gm: GraphModule) -> list[Attention | Rejection]:
@@ -23,5 +24,5 @@ def anchor_of(found: Attention | Rejection) -> Node:
 
 
 def _closed(node: Node) -> Rejection:
-    detail = f"{vocab.name_of(node)} makes its K and V inside of itself and hands out neither"
+    detail = f"{name_of(node)} makes its K and V inside of itself and hands out neither"
     return Rejection(node, Reason.CACHE_NOT_FOUND, detail)

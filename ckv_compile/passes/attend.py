@@ -14,6 +14,7 @@ from ..kernels.ragged_attention import ragged_attention
 from ..site import AttentionSite
 from . import vocabulary as vocab
 from .axes import first_above
+from .nodes import annotate
 
 
 @torch.library.custom_op("ckv_compile::prefix", mutates_args=())
@@ -123,6 +124,6 @@ def _attend(
     with gm.graph.inserting_before(site.sdpa):
         args = (site.query, *prefix, *tail, site.attn_mask, site.scale)
         node = gm.graph.call_module(name, args)
-    vocab.annotate(node, module, like=site.sdpa)
+    annotate(node, module, like=site.sdpa)
     site.sdpa.replace_all_uses_with(node)
     gm.graph.erase_node(site.sdpa)

@@ -14,8 +14,10 @@ import torch
 from torch.fx import GraphModule, Node
 
 from ..site import Reason, Rejection
+from . import mask_vocabulary as mask_vocab
 from . import vocabulary as vocab
 from .axes import chain_above, follow, labelled, names_of
+from .nodes import argument, known, name_of, shape_of, value_of
 
 # "added" to the logits; where True they are "seen" alone, or "hidden".
 TermKind = Literal["added", "seen", "hidden"]
@@ -67,7 +69,7 @@ def find_attentions(gm: GraphModule) -> Iterator[Attention | Rejection]:
     for node in gm.graph.nodes:
         if vocab.is_sdpa(node):
             yield _sdpa(node)
-        elif vocab.is_softmax(node) and len(vocab.shape_of(node) or ()) in (3, 4):
+        elif vocab.is_softmax(node) and len(shape_of(node) or ()) in (3, 4):
             found = _eager(node)
             if found is not None:
                 yield found
@@ -75,10 +77,10 @@ def find_attentions(gm: GraphModule) -> Iterator[Attention | Rejection]:
 
 def _sdpa(node: Node) -> Attention:
     query, key, value = (
-        vocab.argument(node, i, name) for i, name in enumerate(("query", "key", "value"))
+        argument(node, i, name) for i, name in enumerate(("query", "key", "value"))
     )
-    attn_mask = vocab.argument(node, 3, "attn_mask")
-    mask_value = vocab.value_of(attn_mask)
+    attn_mask = argument(node, 3, "attn_mask")
+    mask_value = value_of(attn_mask)
     seen = isinstance(mask_value, torch.Tensor) and mask_value.dtype == torch.bool
     term = () if attn_mask is None else (Term(attn_mask, node, "seen" if seen else "added"),)
     return Attention(
@@ -88,9 +90,9 @@ def _sdpa(node: Node) -> Attention:
         key=key,
         value=value,
         terms=term,
-        is_causal=vocab.argument(node, 5, "is_causal", False),
-        scale=vocab.argument(node, 6, "scale"),
-        dropout_p=vocab.argument(node, 4, "dropout_p", 0.0),
+        is_causal=argument(node, 5, "is_causal", False),
+        scale=argument(node, 6, "scale"),
+        dropout_p=argument(node, 4, "dropout_p", 0.0),
     )
 
 
@@ -100,7 +102,7 @@ class _Unread(Exception):
 
 def _eager(softmax: Node) -> Attention | Rejection | None:
     """Read ``matmul, scale, soft cap, mask, softmax, dropout, matmul`` from the middle outwards."""
-    if vocab.softmax_dim(softmax) not in (-1, len(vocab.shape_of(softmax) or ()) - 1):
+    if vocab.softmax_dim(softmax) not in (-1, len(shape_of(softmax) or ()) - 1):
         return None
     product, sinks_dropped, blocked = _product_below(softmax)
     if product is None or blocked is not None:
@@ -138,7 +140,7 @@ def _product_below(softmax: Node) -> tuple[Node | None, bool, Rejection | None]:
         if vocab.is_matmul(user):
             return (user if user.args[0] is weights else None), dropped, blocked
         if vocab.is_training_dropout(user):
-            dropout_p = vocab.argument(user, 1, "p", 0.5)
+            dropout_p = argument(user, 1, "p", 0.5)
             detail = f"{user.name} drops attention weights with p={dropout_p}"
             reason = Reason.DROPOUT if dropout_p else Reason.TRAINING
             blocked = Rejection(user, reason, detail)
@@ -165,10 +167,10 @@ class _Logits:
                 raise _Unread(f"{node} stands between the product and the softmax")
             above = self._step(node, factors)
             if above is None:
-                detail = f"{node.name} ({vocab.name_of(node)}) stands before the softmax"
+                detail = f"{node.name} ({name_of(node)}) stands before the softmax"
                 raise _Unread(detail)
             node = above
-            if vocab.name_of(node) == "baddbmm":
+            if name_of(node) == "baddbmm":
                 factors += self._baddbmm(node)
                 break
         self.scale = _product(factors)
@@ -185,14 +187,14 @@ class _Logits:
             return above
         if vocab.is_add(node):
             return self._add(node, scaled=bool(factors))
-        hiding = vocab.hiding_fill(node)
+        hiding = mask_vocab.hiding_fill(node)
         if hiding is not None:
             above, condition, kind = hiding
             self._term(condition, node, kind, scaled=bool(factors))
             return above
-        if vocab.name_of(node) == "tanh":
+        if name_of(node) == "tanh":
             return self._cap(node, factors)
-        if _keeps(node) or vocab.is_floor(node) or vocab.is_shift_by_own_max(node):
+        if _keeps(node) or mask_vocab.is_floor(node) or vocab.is_shift_by_own_max(node):
             return node.args[0]
         if vocab.is_cat(node) and self.sinks is None:
             return self._cat(node)
@@ -209,7 +211,7 @@ class _Logits:
         return first
 
     def _term(self, term: Node, user: Node, kind: TermKind, *, scaled: bool) -> None:
-        merged = len(vocab.shape_of(user) or ()) == 3
+        merged = len(shape_of(user) or ()) == 3
         scaled = scaled or self.softcap is not None
         self.terms.append(Term(term, user, kind, merged, scaled))
 
@@ -227,31 +229,31 @@ class _Logits:
 
     def _cat(self, node: Node) -> Any:
         """``cat([logits, sinks])``: one more column, the same for every query."""
-        parts = vocab.argument(node, 0, "tensors")
-        if vocab.argument(node, 1, "dim", 0) not in (-1, 3) or len(parts) != 2:
+        parts = argument(node, 0, "tensors")
+        if argument(node, 1, "dim", 0) not in (-1, 3) or len(parts) != 2:
             return None
         logits, column = parts
         root = chain_above(column)[-1]
-        size = vocab.shape_of(root) or ()
-        heads = (vocab.shape_of(logits) or (0, 0))[1]
+        size = shape_of(root) or ()
+        heads = (shape_of(logits) or (0, 0))[1]
         path = chain_above(column)[:-1][::-1]
         spread = follow(labelled("H", size), path) if len(size) == 1 else None
-        if spread is None or names_of(spread)[1:2] != ("H",) or not vocab.known(size[0] == heads):
+        if spread is None or names_of(spread)[1:2] != ("H",) or not known(size[0] == heads):
             raise _Unread(f"{column.name} is no logit for each head")
         self.sinks = root
         return logits
 
     def _baddbmm(self, node: Node) -> list[_Factor]:
-        beta, alpha = vocab.argument(node, 3, "beta", 1), vocab.argument(node, 4, "alpha", 1)
+        beta, alpha = argument(node, 3, "beta", 1), argument(node, 4, "alpha", 1)
         if beta != 1:
             raise _Unread(f"{node.name} has beta={beta}")
         self._term(node.args[0], node, "added", scaled=False)
         return [alpha]
 
     def _operands(self, product: Node) -> None:
-        at = 1 if vocab.name_of(product) == "baddbmm" else 0
-        self.query = vocab.argument(product, at, "batch1")
-        transposed = vocab.argument(product, at + 1, "batch2")
+        at = 1 if name_of(product) == "baddbmm" else 0
+        self.query = argument(product, at, "batch1")
+        transposed = argument(product, at + 1, "batch2")
         op = vocab.layout_op_of(transposed) if isinstance(transposed, Node) else None
         last_two = ((0, 2, 1), (0, 1, 3, 2))
         if op is None or op.kind != "permute" or op.perm not in last_two:
@@ -262,14 +264,14 @@ class _Logits:
 def _has_product(node: Any) -> bool:
     """Whether the product of queries and keys is above, as far as the logits are followed."""
     while isinstance(node, Node):
-        if vocab.is_matmul(node) or vocab.name_of(node) == "baddbmm":
+        if vocab.is_matmul(node) or name_of(node) == "baddbmm":
             return True
         scaled = vocab.scaling_of(node)
         if scaled is not None:
             node = scaled[0]
         elif vocab.is_add(node):
             return _has_product(node.args[0]) or _has_product(node.args[1])
-        elif (filled := vocab.hiding_fill(node)) is not None:
+        elif (filled := mask_vocab.hiding_fill(node)) is not None:
             node = filled[0]
         elif _keeps(node):
             node = node.args[0]
@@ -289,17 +291,17 @@ def _merges_heads(node: Node) -> bool:
     op = vocab.layout_op_of(node)
     if op is None or op.kind != "regroup":
         return False
-    shapes = sorted((vocab.shape_of(node.args[0]) or (), vocab.shape_of(node) or ()), key=len)
+    shapes = sorted((shape_of(node.args[0]) or (), shape_of(node) or ()), key=len)
     if [len(shape) for shape in shapes] != [3, 4]:
         return False
     three, four = shapes
-    product = vocab.known(three[0] == four[0] * four[1])
-    return product and all(vocab.known(three[i] == four[i + 1]) for i in (1, 2))
+    product = known(three[0] == four[0] * four[1])
+    return product and all(known(three[i] == four[i + 1]) for i in (1, 2))
 
 
 def _viewed_as_four(product: Node) -> Node:
     """Where a product ``[B*H, Q, D]`` becomes ``[B, H, Q, D]``; one of four dimensions is it."""
-    if len(vocab.shape_of(product) or ()) != 3:
+    if len(shape_of(product) or ()) != 3:
         return product
     user = _only_user(product)
     if user is None or not _merges_heads(user):
@@ -309,7 +311,7 @@ def _viewed_as_four(product: Node) -> Node:
 
 def _of_four(node: Any) -> Any:
     """``[B, H, Q, D]`` of what is seen as ``[B*H, Q, D]``; whatever has four dimensions is it."""
-    while isinstance(node, Node) and len(vocab.shape_of(node) or ()) == 3:
+    while isinstance(node, Node) and len(shape_of(node) or ()) == 3:
         if not _keeps(node):
             raise _Unread(f"{node.name} is not made of [B, H, Q, D]")
         node = node.args[0]
@@ -320,7 +322,7 @@ def soft_cap_of(node: Node) -> tuple[Node, Node | float, Node | float | None] | 
     """``(x, scale, cap)`` if ``node`` is ``cap * tanh(scale * x / cap)``, or ``scale * x``."""
     inner, factors = _factors(node)
     softcap = None
-    if isinstance(inner, Node) and vocab.name_of(inner) == "tanh":
+    if isinstance(inner, Node) and name_of(inner) == "tanh":
         softcap = _product(factors)
         inner, factors = _factors(inner.args[0])
         if softcap is None or not factors or not _inverse(factors.pop(0), softcap):

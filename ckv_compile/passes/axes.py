@@ -12,7 +12,8 @@ from typing import Any
 
 from torch.fx import Node
 
-from .vocabulary import LayoutOp, known, layout_op_of, shape_of
+from .nodes import known, shape_of
+from .vocabulary import LayoutOp, layout_op_of
 
 Factor = tuple[str, Any]
 Layout = tuple[tuple[Factor, ...], ...]

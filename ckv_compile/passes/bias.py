@@ -14,10 +14,12 @@ from torch.fx import GraphModule, Node
 
 from ..kernels.window_attention import with_heads
 from ..site import Bias
+from . import mask_vocabulary as mask_vocab
 from . import vocabulary as vocab
 from .attention import Attention, Term, find_attentions
 from .axes import chain_above, upstream
 from .masks import parts_of, read_mask
+from .nodes import annotate, called, is_parameter, is_size, known, shape_of, value_of
 
 
 @torch.library.custom_op("ckv_compile::positions", mutates_args=())
@@ -66,19 +68,19 @@ class BiasAt(nn.Module):
 
 def wrong_with(bias: Bias, batch: Any, heads: int, q_len: Any, kv_len: Any) -> str:
     """Why a bias cannot be followed to where the cache is cut; "" if it can."""
-    shape = vocab.shape_of(bias.node)
+    shape = shape_of(bias.node)
     if shape is None or len(shape) > 4:
         return f"bias {bias.node.name} has shape {shape}"
     wanted: tuple[Any, ...] = (batch, heads, q_len, kv_len)
     wanted = (batch * heads, q_len, kv_len) if bias.merged else wanted[4 - len(shape) :]
     for size, length in zip(shape, wanted, strict=True):
-        if not vocab.known(size == 1) and not vocab.known(size == length):
+        if not known(size == 1) and not known(size == length):
             return f"bias {bias.node.name} is {tuple(shape)} for {tuple(wanted)}"
     for node in upstream([bias.node]):
-        value = vocab.value_of(node)
+        value = value_of(node)
         # What else comes into the graph may hide pads, or change with the cache; a number cannot.
         outside = node.op == "placeholder" and isinstance(value, torch.Tensor) and value.dim() > 0
-        if outside and not vocab.is_parameter(node):
+        if outside and not is_parameter(node):
             return f"bias {bias.node.name} is computed from {node.name}"
     return ""
 
@@ -125,25 +127,25 @@ def _place(gm: GraphModule, attention: Attention, positions: Node, seen: Any) ->
 
 def _varies(node: Node) -> bool:
     """Whether a part of the logits is no mask, and differs from key to key."""
-    mask = vocab.masking_where(node) is not None or read_mask(node) is not None
-    last = (vocab.shape_of(node) or (1,))[-1]
-    return not (mask or vocab.is_zeros(node) or vocab.known(last == 1))
+    mask = mask_vocab.masking_where(node) is not None or read_mask(node) is not None
+    last = (shape_of(node) or (1,))[-1]
+    return not (mask or mask_vocab.is_zeros(node) or known(last == 1))
 
 
 def _placed(
     gm: GraphModule, attention: Attention, term: Term, bias: Node, positions: Node, seen: Any
 ) -> Node:
     """A new node: the bias at the positions held."""
-    batch, heads, q_len, _ = vocab.shape_of(attention.query) or ()
-    kv_len = (vocab.shape_of(attention.key) or ())[2]
+    batch, heads, q_len, _ = shape_of(attention.query) or ()
+    kv_len = (shape_of(attention.key) or ())[2]
     wrong = wrong_with(Bias(bias, term.merged), batch, heads, q_len, kv_len)
     # The same ops once more, for all tokens seen where they were for the entries held.
-    whole = {node: seen for node in upstream([bias]) if vocab.is_size(node, kv_len)}
+    whole = {node: seen for node in upstream([bias]) if is_size(node, kv_len)}
     if not wrong:
         _copy(gm, bias, whole, term.user)
-        total = vocab.value_of(seen) if isinstance(seen, Node) else seen
+        total = value_of(seen) if isinstance(seen, Node) else seen
         # May add a guard: a table of biases ends somewhere.
-        if not bool((vocab.shape_of(whole[bias]) or (0,))[-1] == total):
+        if not bool((shape_of(whole[bias]) or (0,))[-1] == total):
             wrong = f"bias {bias.name} does not follow the length of the cache"
     if wrong:
         raise NotImplementedError(_impossible(wrong))
@@ -152,7 +154,7 @@ def _placed(
     gm.add_submodule(name, module)
     with gm.graph.inserting_before(term.user):
         node = gm.graph.call_module(name, (whole[bias], positions))
-    vocab.annotate(node, module, like=term.user)
+    annotate(node, module, like=term.user)
     return node
 
 
@@ -163,6 +165,6 @@ def _copy(gm: GraphModule, node: Node, new: dict[Node, Any], before: Node) -> No
         if one in cone and one not in new and any(above in new for above in one.all_input_nodes):
             with gm.graph.inserting_before(before):
                 copied = gm.graph.node_copy(one, lambda n: new.get(n, n))
-            vocab.annotate(copied, vocab.called(copied), like=one)
+            annotate(copied, called(copied), like=one)
             new[one] = copied
     new.setdefault(node, node)

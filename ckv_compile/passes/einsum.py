@@ -13,6 +13,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from . import vocabulary as vocab
+from .nodes import annotate, known, shape_of, value_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,15 +90,15 @@ def _equation_of(node: Node) -> tuple[_Operand, _Operand, str] | None:
     left, _, right = operands.partition(",")
     one, two = _Operand(first, left), _Operand(second, right)
     plain = all(len(set(axes)) == len(axes) and axes.isalpha() for axes in (left, right, result))
-    ranked = all(len(x.axes) == len(vocab.shape_of(x.node) or ()) for x in (one, two))
+    ranked = all(len(x.axes) == len(shape_of(x.node) or ()) for x in (one, two))
     return (one, two, result) if plain and ranked and _agree(one, two) else None
 
 
 def _agree(one: _Operand, two: _Operand) -> bool:
     """Whether shared axes have provably one size: einsum would repeat a size of 1."""
-    sizes = dict(zip(one.axes, vocab.shape_of(one.node) or (), strict=True))
-    pairs = zip(two.axes, vocab.shape_of(two.node) or (), strict=True)
-    return all(vocab.known(sizes[axis] == size) for axis, size in pairs if axis in sizes)
+    sizes = dict(zip(one.axes, shape_of(one.node) or (), strict=True))
+    pairs = zip(two.axes, shape_of(two.node) or (), strict=True)
+    return all(known(sizes[axis] == size) for axis, size in pairs if axis in sizes)
 
 
 def _spelt_out(node: Node, one: _Operand, two: _Operand, result: str) -> Node | None:
@@ -134,12 +135,12 @@ def _call(like: Node, function: Any, *args: Any) -> Node:
         node = like.graph.call_function(function, args)
     else:
         node = like.graph.call_method(function.__name__, args)
-    vocab.annotate(node, function, like)
+    annotate(node, function, like)
     return node
 
 
 def _same_strides(one: Node, other: Node) -> bool:
     """Whether the two are alike in memory: a view that follows asks for that."""
-    first, second = vocab.value_of(one), vocab.value_of(other)
+    first, second = value_of(one), value_of(other)
     dims = zip(first.shape, first.stride(), second.stride(), strict=True)
-    return all(vocab.known(size == 1) or vocab.known(a == b) for size, a, b in dims)
+    return all(known(size == 1) or known(a == b) for size, a, b in dims)

@@ -19,6 +19,7 @@ from ..methods.fastgen import FastGen, State
 from ..site import AttentionSite
 from . import vocabulary as vocab
 from .insert import Capacity, Inserted, repoint, sites_asked_for
+from .nodes import annotate, outputs_of, value_of
 
 # Outputs of the node: a state of so many tensors, and behind them the tails of K and V.
 _STATE = 9
@@ -57,7 +58,7 @@ class Profiled:
 def take_profiled(gm: GraphModule) -> dict[Node, Profiled]:
     """What the caches want, by their keys. The markers stay for layers that are not cut."""
     found = {}
-    returned = vocab.outputs_of(gm)
+    returned = outputs_of(gm)
     for node in gm.graph.nodes:
         if vocab.is_ours(node, "profiled"):
             key, _, kinds, before = node.args
@@ -109,7 +110,7 @@ def _insert(
     operands = (query, site.cache_key, site.cache_value, site.scale, site.padding, capacity.gap)
     with graph.inserting_before(site.sdpa.next):
         node = graph.call_module(name, (*operands, profiled.kinds, profiled.before))
-    vocab.annotate(node, module, like=site.sdpa)
+    annotate(node, module, like=site.sdpa)
     outputs = dict(profiled.outputs)
     outputs |= dict.fromkeys(site.key_outputs, _STATE)
     outputs |= dict.fromkeys(site.value_outputs, _STATE + 1)
@@ -117,7 +118,7 @@ def _insert(
     for place in sorted(set(outputs.values()), reverse=True):
         with graph.inserting_after(node):
             parts[place] = graph.call_function(operator.getitem, (node, place))
-        vocab.annotate(parts[place], operator.getitem, like=site.sdpa)
+        annotate(parts[place], operator.getitem, like=site.sdpa)
     repoint(gm, {i: parts[place] for i, place in outputs.items()})
     # How much stays is known only when it runs.
-    return Inserted(site, node, module, vocab.value_of(capacity.node).shape[0], outputs)
+    return Inserted(site, node, module, value_of(capacity.node).shape[0], outputs)

@@ -16,8 +16,10 @@ import torch
 from torch.fx import GraphModule, Node
 
 from ..site import Reason, Rejection
+from . import mask_vocabulary as mask_vocab
 from . import vocabulary as vocab
 from .attention import Attention, soft_cap_of
+from .nodes import known, name_of, shape_of, value_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,13 +62,13 @@ def _read_flex(gm: GraphModule, node: Node) -> Attention | Rejection:
     # A gate made of the log-sum-exp depends on every key, and would look like a foreign factor.
     if any(_below(parts[i]) & _below(parts[0]) for i in parts if i != 0):
         return _unread(node, "its log-sum-exp is used")
-    q_len, kv_len = ((vocab.shape_of(operand) or (0, 0, 0))[2] for operand in (query, key))
+    q_len, kv_len = ((shape_of(operand) or (0, 0, 0))[2] for operand in (query, key))
     # One query is at the end of all keys: what is hidden from it, and how it scores, cuts nothing.
-    read = (_Score(), _Seen()) if vocab.known(q_len == 1) else _mods(gm, score_mod, block_mask[-1])
+    read = (_Score(), _Seen()) if known(q_len == 1) else _mods(gm, score_mod, block_mask[-1])
     if isinstance(read, str):
         return Rejection(node, Reason.MASK_UNREADABLE, f"{node.name}: {read}")
     score, seen = read
-    if seen.causal and not vocab.known(seen.shift == kv_len - q_len):
+    if seen.causal and not known(seen.shift == kv_len - q_len):
         detail = f"{node.name}: query i sees the keys up to i + {seen.shift}"
         return Rejection(node, Reason.MASK_UNREADABLE, detail)
     if score.factor != 1 and not isinstance(scale, (int, float)):
@@ -124,18 +126,18 @@ def _read(node: Any, values: dict[Node, Any]) -> Any:
 
 
 def _read_op(node: Node, values: dict[Node, Any]) -> Any:
-    name = vocab.name_of(node)
-    if vocab.is_all_true(node):
+    name = name_of(node)
+    if mask_vocab.is_all_true(node):
         return _Seen()
     if vocab.is_add(node) or name in ("sub", "__sub__"):
         return _shifted(node, values)
-    if vocab.is_less_equal(node) or vocab.is_greater_equal(node):
+    if mask_vocab.is_less_equal(node) or mask_vocab.is_greater_equal(node):
         later, earlier = (_read(arg, values) for arg in node.args[:2])
-        if vocab.is_less_equal(node):
+        if mask_vocab.is_less_equal(node):
             later, earlier = earlier, later
         axes = [one.axis if isinstance(one, _Position) else "" for one in (later, earlier)]
         return _Seen(True, later.offset - earlier.offset) if axes == ["Q", "K"] else None
-    if vocab.is_and(node):
+    if mask_vocab.is_and(node):
         first, second = (_read(arg, values) for arg in node.args[:2])
         plain = isinstance(first, _Seen) and isinstance(second, _Seen)
         return _both(first, second) if plain else None
@@ -150,11 +152,11 @@ def _read_op(node: Node, values: dict[Node, Any]) -> Any:
 
 def _shifted(node: Node, values: dict[Node, Any]) -> _Position | None:
     position, step = _read(node.args[0], values), node.args[1]
-    step = vocab.value_of(step) if isinstance(step, Node) else step
+    step = value_of(step) if isinstance(step, Node) else step
     plain = isinstance(step, (int, torch.SymInt)) and not isinstance(step, bool)
     if not isinstance(position, _Position) or not plain or node.kwargs:
         return None
-    down = vocab.name_of(node) in ("sub", "__sub__")
+    down = name_of(node) in ("sub", "__sub__")
     return _Position(position.axis, position.offset + (-step if down else step))
 
 
@@ -173,7 +175,7 @@ def _scored(node: Node, values: dict[Node, Any]) -> _Score | None:
 
 
 def _both(first: _Seen, second: _Seen) -> _Seen | None:
-    if first.causal and second.causal and not vocab.known(first.shift == second.shift):
+    if first.causal and second.causal and not known(first.shift == second.shift):
         return None
     return first if first.causal else second
 

@@ -11,6 +11,7 @@ from torch.fx import GraphModule
 from ..site import AttentionSite
 from . import vocabulary as vocab
 from .axes import chain_above
+from .nodes import annotate, known, shape_of
 
 
 def fold_groups(gm: GraphModule, sites: Sequence[AttentionSite]) -> tuple[AttentionSite, ...]:
@@ -41,8 +42,8 @@ def _is_foldable(site: AttentionSite) -> bool:
         return False
     if site.attn_mask is None:
         return True
-    shape = vocab.shape_of(site.attn_mask) or ()
-    return len(shape) == 4 and vocab.known(shape[1] == 1) and vocab.known(shape[2] == 1)
+    shape = shape_of(site.attn_mask) or ()
+    return len(shape) == 4 and known(shape[1] == 1) and known(shape[2] == 1)
 
 
 def _fold(gm: GraphModule, site: AttentionSite) -> None:
@@ -56,7 +57,7 @@ def _fold(gm: GraphModule, site: AttentionSite) -> None:
         output = graph.call_method("flatten", (result, 1, 2))
     for new in (split, query, folded, result, output):
         method = new.op == "call_method"
-        vocab.annotate(new, getattr(torch.Tensor, new.target) if method else new.target, site.sdpa)
+        annotate(new, getattr(torch.Tensor, new.target) if method else new.target, site.sdpa)
     site.sdpa.replace_all_uses_with(output)
     graph.erase_node(site.sdpa)
     # Not eliminate_dead_code: a write into the cache's buffer has no users either.

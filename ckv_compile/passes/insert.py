@@ -19,6 +19,7 @@ from ..site import AttentionSite, Phase, Reason, Rejection
 from ..sizes import number_of
 from . import vocabulary as vocab
 from .axes import chain_above
+from .nodes import annotate, argument, called, known, outputs_of, shape_of, value_of
 from .projections import insert_weight
 
 
@@ -77,8 +78,8 @@ class Capacity:
 
     def fits(self, site: AttentionSite) -> bool:
         """Whether the site caches exactly the tokens that the budget counts."""
-        shape = vocab.shape_of(self.tokens)
-        return shape is not None and len(shape) > 1 and vocab.known(shape[1] == site.q_len)
+        shape = shape_of(self.tokens)
+        return shape is not None and len(shape) > 1 and known(shape[1] == site.q_len)
 
     def counts_rows_of(self, site: AttentionSite) -> bool:
         """Whether the rows were counted on the very mask that pads this site; neither is as well.
@@ -87,8 +88,8 @@ class Capacity:
         """
         if site.padding is None:
             return self.padding is None
-        gap = vocab.value_of(self.gap)
-        aligned = gap is None or vocab.known(number_of(gap) == site.padding_offset)
+        gap = value_of(self.gap)
+        aligned = gap is None or known(number_of(gap) == site.padding_offset)
         return aligned and chain_above(site.padding)[-1] is self.padding and self.fits(site)
 
 
@@ -99,8 +100,8 @@ def phase_of(capacity: Capacity | None) -> Phase:
     """Which calls are cut; without a capacity the first piece of a prompt."""
     if capacity is None or capacity.gap is None:
         return "prefill"
-    shape = vocab.shape_of(capacity.tokens) or (0, 0)
-    return "decode" if vocab.known(shape[1] == 1) else "continuation"
+    shape = shape_of(capacity.tokens) or (0, 0)
+    return "decode" if known(shape[1] == 1) else "continuation"
 
 
 def sites_asked_for(
@@ -149,12 +150,12 @@ def take_capacity(gm: GraphModule) -> Capacity | None:
             positions = {} if found is None else found.positions
             marked: dict[str, Any] = dict(zip(_MARKED, node.args, strict=False))
             found = Capacity(**marked, positions=positions)
-            for i, value in enumerate(vocab.outputs_of(gm)):
+            for i, value in enumerate(outputs_of(gm)):
                 if value is node:
-                    positions[vocab.argument(node, 6, "key")] = i
+                    positions[argument(node, 6, "key")] = i
             with gm.graph.inserting_before(node):
                 nowhere = gm.graph.call_method("new_empty", (node.args[0], 0))
-            vocab.annotate(nowhere, vocab.called(nowhere), like=node)
+            annotate(nowhere, called(nowhere), like=node)
             node.replace_all_uses_with(nowhere)
             gm.graph.erase_node(node)
             if not nowhere.users:
@@ -183,7 +184,7 @@ def without_uncounted(
         cut = site.phase == phase_of(capacity)
         if cut and rows.strict and not rows.fits(site):
             reason = Reason.UNCOUNTED_TOKENS
-            came_in = vocab.shape_of(rows.tokens) or "others"
+            came_in = shape_of(rows.tokens) or "others"
             detail = f"{site.q_len} tokens are cached where {came_in} came in"
         elif site.phase == "continuation" and not site.key_outputs and not rows.strict:
             # Our own caches are strict. Of others nobody knows how much of the buffer is filled.
@@ -249,7 +250,7 @@ def insert_eviction(
 
 def row_bytes(site: AttentionSite) -> int:
     """Of one entry in the site's cache, for a batch of one."""
-    values = (vocab.value_of(node) for node in (site.cache_key, site.cache_value))
+    values = (value_of(node) for node in (site.cache_key, site.cache_value))
     return sum(value.shape[1] * value.shape[3] * value.itemsize for value in values)
 
 
@@ -290,15 +291,15 @@ def _insert(
         if expected is not None:
             kwargs["expected"] = expected
         node = graph.call_module(name, args, kwargs)
-    vocab.annotate(node, module, like=site.sdpa)
+    annotate(node, module, like=site.sdpa)
     outputs = _outputs_for(site, capacity)
     parts: dict[int, Node] = {}
     for part in sorted(set(outputs.values()), reverse=True):
         with graph.inserting_after(node):
             parts[part] = graph.call_function(operator.getitem, (node, part))
-        vocab.annotate(parts[part], operator.getitem, like=site.sdpa)
+        annotate(parts[part], operator.getitem, like=site.sdpa)
     repoint(gm, {i: parts[part] for i, part in outputs.items()})
-    entries = vocab.value_of(node)[0].shape[2]
+    entries = value_of(node)[0].shape[2]
     return Inserted(site, node, module, entries, outputs)
 
 
@@ -313,5 +314,5 @@ def _outputs_for(site: AttentionSite, capacity: Capacity | None) -> dict[int, in
 def repoint(gm: GraphModule, new: dict[int, Node]) -> None:
     """Let the graph return other values at these positions."""
     (output,) = (node for node in gm.graph.nodes if node.op == "output")
-    returned = tuple(new.get(i, value) for i, value in enumerate(vocab.outputs_of(gm)))
+    returned = tuple(new.get(i, value) for i, value in enumerate(outputs_of(gm)))
     output.args = (returned,)

@@ -14,6 +14,7 @@ from torch.fx import Node
 
 from . import vocabulary as vocab
 from .axes import chain_above
+from .nodes import argument, known, name_of, shape_of
 
 
 def sources_of(node: Node, axis: int, is_cached: Callable[[Node], bool]) -> set[Node] | None:
@@ -21,7 +22,7 @@ def sources_of(node: Node, axis: int, is_cached: Callable[[Node], bool]) -> set[
 
     None if an op in between mixes tokens, or is not known not to.
     """
-    if is_cached(node) and len(vocab.shape_of(node) or ()) == 4:
+    if is_cached(node) and len(shape_of(node) or ()) == 4:
         return {node} if axis == 2 else None
     step = _above(node, axis)
     if step is None:
@@ -37,7 +38,7 @@ def sources_of(node: Node, axis: int, is_cached: Callable[[Node], bool]) -> set[
 
 def _above(node: Node, axis: int) -> list[tuple[Node, int]] | None:
     """The operands that hold tokens, and where; None for an op that is not read."""
-    name, shape = vocab.name_of(node), vocab.shape_of(node)
+    name, shape = name_of(node), shape_of(node)
     if shape is None:
         return None
     if name in ("new_empty", "empty", "empty_like"):
@@ -46,7 +47,7 @@ def _above(node: Node, axis: int) -> list[tuple[Node, int]] | None:
         return None
     first = node.args[0]
     if name in ("cat", "concat", "concatenate"):
-        dim = vocab.argument(node, 1, "dim", 0)
+        dim = argument(node, 1, "dim", 0)
         apart = isinstance(dim, int) and dim % len(shape) != axis
         return [(item, axis) for item in first] if apart else None
     if name == "getitem" and isinstance(first, Node):
@@ -55,7 +56,7 @@ def _above(node: Node, axis: int) -> list[tuple[Node, int]] | None:
             return [(first.args[0], axis)] if pieces != axis else None
         return [(first, axis)] if _slices_last_only(node) and axis < len(shape) - 1 else None
     if name == "linear":
-        weight = vocab.argument(node, 1, "weight")
+        weight = argument(node, 1, "weight")
         fixed = isinstance(weight, Node) and chain_above(weight)[-1].op in (
             "placeholder",
             "get_attr",
@@ -66,9 +67,9 @@ def _above(node: Node, axis: int) -> list[tuple[Node, int]] | None:
         parts = node.args if scaling is None and name == "add" else (scaling or ())[:1]
         return [(part, axis) for part in parts] if _alike(parts, shape) else None
     if name == "expand":
-        before = vocab.shape_of(first) or ()
+        before = shape_of(first) or ()
         at = axis - (len(shape) - len(before))
-        same = at >= 0 and vocab.known(before[at] == shape[axis])
+        same = at >= 0 and known(before[at] == shape[axis])
         return [(first, at)] if same else None
     op = vocab.layout_op_of(node)
     if op is None:
@@ -82,21 +83,21 @@ def _above(node: Node, axis: int) -> list[tuple[Node, int]] | None:
 
 def _alike(parts: tuple[Any, ...], shape: tuple[Any, ...]) -> bool:
     """Whether an op goes through tensors of one shape element by element."""
-    shapes = [vocab.shape_of(part) for part in parts]
+    shapes = [shape_of(part) for part in parts]
     return bool(shapes) and all(
         found is not None
         and len(found) == len(shape)
-        and all(vocab.known(a == b) for a, b in zip(found, shape, strict=True))
+        and all(known(a == b) for a, b in zip(found, shape, strict=True))
         for found in shapes
     )
 
 
 def _regrouped(first: Node, axis: int, shape: tuple[Any, ...]) -> list[tuple[Node, int]] | None:
     """Through a view: an axis is the same one if as much stands before it."""
-    before = vocab.shape_of(first) or ()
+    before = shape_of(first) or ()
     for at, size in enumerate(before):
-        ahead = vocab.known(_product(before[:at]) == _product(shape[:axis]))
-        if ahead and vocab.known(size == shape[axis]):
+        ahead = known(_product(before[:at]) == _product(shape[:axis]))
+        if ahead and known(size == shape[axis]):
             return [(first, at)]
     return None
 
@@ -110,9 +111,9 @@ def _product(sizes: tuple[Any, ...]) -> Any:
 
 def _split_axis(node: Node) -> int | None:
     """Along which axis ``node`` splits a tensor into pieces; None if it does not."""
-    if vocab.name_of(node) not in ("split", "chunk", "split_with_sizes", "tensor_split"):
+    if name_of(node) not in ("split", "chunk", "split_with_sizes", "tensor_split"):
         return None
-    dim, shape = vocab.argument(node, 2, "dim", 0), vocab.shape_of(node.args[0])
+    dim, shape = argument(node, 2, "dim", 0), shape_of(node.args[0])
     return dim % len(shape) if isinstance(dim, int) and shape else None
 
 
@@ -132,16 +133,16 @@ def _written(node: Node, axis: int, shape: tuple[Any, ...]) -> list[tuple[Node, 
     written: list[tuple[Node, int]] = []
     width: Any = 0
     for part in node.users:
-        if vocab.name_of(part) != "getitem" or not _slices_last_only(part):
+        if name_of(part) != "getitem" or not _slices_last_only(part):
             if vocab.is_in_place(part):
                 return None
             continue  # somebody reads it
         for copy in part.users:
             source = copy.args[1] if len(copy.args) == 2 else None
-            same = vocab.shape_of(source) == vocab.shape_of(part)
-            if vocab.name_of(copy) != "copy_" or not isinstance(source, Node) or not same:
+            same = shape_of(source) == shape_of(part)
+            if name_of(copy) != "copy_" or not isinstance(source, Node) or not same:
                 return None
             written.append((source, axis))
-            width = width + (vocab.shape_of(part) or (0,))[-1]
-    whole = vocab.known(width == shape[-1]) and axis < len(shape) - 1
+            width = width + (shape_of(part) or (0,))[-1]
+    whole = known(width == shape[-1]) and axis < len(shape) - 1
     return written if written and whole else None

@@ -15,9 +15,11 @@ import torch
 from torch.fx import Node
 
 from ..site import Bias
+from . import mask_vocabulary as mask_vocab
 from . import vocabulary as vocab
 from .attention import Term, TermKind
 from .axes import Layout, chain_above, labelled, names_of, text_of, through
+from .nodes import argument, known, name_of, shape_of, value_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,12 +57,12 @@ def read_terms(
     for term in terms:
         for node, kind in parts_of(term.node, term.kind):
             read = read_mask(node)
-            if read is None and kind == "added" and not vocab.is_zeros(node):
+            if read is None and kind == "added" and not mask_vocab.is_zeros(node):
                 if term.scaled:
                     return f"bias {node.name} is scaled after it is added"
                 biases.append(Bias(node, term.merged))
                 continue
-            if read is None and not vocab.is_zeros(node):
+            if read is None and not mask_vocab.is_zeros(node):
                 return f"mask {node.name} is built by ops that are not read"
             if read is None:
                 continue
@@ -77,10 +79,10 @@ def read_terms(
     names = ", ".join(term.node.name for term in terms)
     if mask is None:
         return f"mask {names} is built by ops that are not read"
-    if not mask.is_causal or not vocab.known(mask.shift == kv_len - q_len):
+    if not mask.is_causal or not known(mask.shift == kv_len - q_len):
         return f"mask {names} is not causal"
     # An axis of one query has no name.
-    query_axes = ("Q", "") if vocab.known(q_len == 1) else ("Q",)
+    query_axes = ("Q", "") if known(q_len == 1) else ("Q",)
     if names_of(mask.layout)[-2:] not in [(name, "K") for name in query_axes]:
         return f"mask {names} has axes {text_of(mask.layout)}, not [.., Q, K]"
     return mask, tuple(biases)
@@ -93,8 +95,8 @@ def parts_of(node: Node, kind: TermKind) -> Iterator[tuple[Node, TermKind]]:
         if op is None or op.kind != "keep":
             break
         node = node.args[0]
-    filled = vocab.hiding_fill(node)
-    if kind == "added" and filled is not None and vocab.masking_where(node) is None:
+    filled = mask_vocab.hiding_fill(node)
+    if kind == "added" and filled is not None and mask_vocab.masking_where(node) is None:
         inner, condition, hides = filled
         yield condition, hides
         yield from parts_of(inner, "added")
@@ -106,18 +108,18 @@ def parts_of(node: Node, kind: TermKind) -> Iterator[tuple[Node, TermKind]]:
 
 
 def _is_float(node: Node) -> bool:
-    value = vocab.value_of(node)
+    value = value_of(node)
     return isinstance(value, torch.Tensor) and value.is_floating_point()
 
 
 def _fits(mask: Mask, node: Node, q_len: Any, kv_len: Any) -> str:
     """What is wrong with the axes of a mask; "" if nothing is."""
-    names, shape = names_of(mask.layout), vocab.shape_of(node) or ()
+    names, shape = names_of(mask.layout), shape_of(node) or ()
     axes = len(shape) >= 2 and names[-2] in ("", "Q") and names[-1] in ("", "K")
     if not axes or any(name not in ("", "B") for name in names[:-2]):
         return f"has axes {text_of(mask.layout)}, not [.., Q, K]"
     for name, size, length in (("Q", shape[-2], q_len), ("K", shape[-1], kv_len)):
-        if name in names and not vocab.known(size == length):
+        if name in names and not known(size == length):
             return f"is {tuple(shape)} for {q_len} queries and {kv_len} keys"
     return ""
 
@@ -138,28 +140,28 @@ def _read(node: object, seen: dict[Node, Index | Mask | None]) -> Index | Mask |
 
 
 def _read_op(node: Node, seen: dict[Node, Index | Mask | None]) -> Index | Mask | None:
-    shape = vocab.shape_of(node)
+    shape = shape_of(node)
     if shape is None:
         return None
-    if vocab.name_of(node) == "arange":
+    if name_of(node) == "arange":
         return _arange(node, shape)
-    if vocab.is_all_true(node):
+    if mask_vocab.is_all_true(node):
         return Mask(((),) * len(shape))
-    if vocab.name_of(node) == "tril":
+    if name_of(node) == "tril":
         return _tril(node, shape, seen)
-    condition = vocab.masking_where(node)
+    condition = mask_vocab.masking_where(node)
     if condition is not None:
         mask = _read(condition, seen)
         if not isinstance(mask, Mask) or mask.form != "seen":
             return None
         return dataclasses.replace(mask, form="added")
-    if vocab.is_not(node):
+    if mask_vocab.is_not(node):
         return _opposite(_read(node.args[0], seen))
-    if vocab.is_and(node):
+    if mask_vocab.is_and(node):
         return _both(_read(node.args[0], seen), _read(node.args[1], seen))
-    if vocab.is_less_equal(node):
+    if mask_vocab.is_less_equal(node):
         return _causal(_read(node.args[0], seen), _read(node.args[1], seen))
-    if vocab.is_greater_equal(node):
+    if mask_vocab.is_greater_equal(node):
         return _causal(_read(node.args[1], seen), _read(node.args[0], seen))
     if vocab.is_add(node):
         return _shifted(node, seen)
@@ -190,7 +192,7 @@ def _opposite(mask: Index | Mask | None) -> Mask | None:
 
 
 def _arange(node: Node, shape: tuple[Any, ...]) -> Index | None:
-    integral = not vocab.value_of(node).is_floating_point()
+    integral = not value_of(node).is_floating_point()
     return Index(labelled("I", shape), 0) if vocab.is_counting(node) and integral else None
 
 
@@ -198,8 +200,8 @@ def _tril(node: Node, shape: tuple[Any, ...], seen: dict[Node, Index | Mask | No
     inner = _read(node.args[0], seen)
     if not isinstance(inner, Mask) or inner.form != "seen" or any(inner.layout):
         return None
-    shift = vocab.argument(node, 1, "diagonal", 0)
-    shift = vocab.value_of(shift) if isinstance(shift, Node) else shift
+    shift = argument(node, 1, "diagonal", 0)
+    shift = value_of(shift) if isinstance(shift, Node) else shift
     if not isinstance(shift, (int, torch.SymInt)) or len(shape) < 2:
         return None
     layout = ((),) * (len(shape) - 2) + labelled("QK", shape[-2:])
@@ -209,7 +211,7 @@ def _tril(node: Node, shape: tuple[Any, ...], seen: dict[Node, Index | Mask | No
 def _shifted(node: Node, seen: dict[Node, Index | Mask | None]) -> Index | None:
     index, step = _read(node.args[0], seen), node.args[1]
     if isinstance(step, Node):
-        step = vocab.value_of(step)
+        step = value_of(step)
     if not isinstance(index, Index) or isinstance(step, bool):
         return None
     if not isinstance(step, (int, torch.SymInt)):
@@ -229,12 +231,12 @@ def _causal(key: Index | Mask | None, query: Index | Mask | None) -> Mask | None
 def _padding(node: Node, seen: dict[Node, Index | Mask | None]) -> Mask | None:
     """``padding[batch, key]`` with plain indices: entry (b, k) says whether that key is real."""
     base, index = node.args
-    if len(vocab.shape_of(base) or ()) != 2 or len(index) != 2:
+    if len(shape_of(base) or ()) != 2 or len(index) != 2:
         return None
     batch, key = (_read(item, seen) for item in index)
     if not isinstance(batch, Index) or not isinstance(key, Index):
         return None
-    if not vocab.known(batch.offset == 0):
+    if not known(batch.offset == 0):
         return None
     layout = _merged(_relabelled(batch.layout, "B"), _relabelled(key.layout, "K"))
     if layout is None:
@@ -242,7 +244,7 @@ def _padding(node: Node, seen: dict[Node, Index | Mask | None]) -> Mask | None:
     root = chain_above(base)[-1]
     while vocab.is_cast(root):
         root = chain_above(root.args[0])[-1]
-    if vocab.is_ones(root):  # a model that is given no mask may make its own
+    if mask_vocab.is_ones(root):  # a model that is given no mask may make its own
         return Mask(layout)
     return Mask(layout, padding=base, padding_offset=key.offset)
 
@@ -254,7 +256,7 @@ def _both(first: Index | Mask | None, second: Index | Mask | None) -> Mask | Non
     twice = first.padding is not None and second.padding is not None
     if layout is None or twice or {first.form, second.form} != {"seen"}:
         return None
-    if first.is_causal and second.is_causal and not vocab.known(first.shift == second.shift):
+    if first.is_causal and second.is_causal and not known(first.shift == second.shift):
         return None
     causal, padded = (first if first.is_causal else second), (second if second.padding else first)
     return Mask(layout, causal.is_causal, causal.shift, padded.padding, padded.padding_offset)

@@ -10,6 +10,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from ..site import AttentionSite, Bias, Phase, Reason, Rejection
+from . import mask_vocabulary as mask_vocab
 from . import vocabulary as vocab
 from .anchors import anchor_of, find_anchors
 from .attention import Attention
@@ -17,6 +18,7 @@ from .axes import chain_above, follow, labelled, names_of, text_of, upstream
 from .bias import wrong_with
 from .latent import sources_of
 from .masks import Mask, parts_of, read_terms
+from .nodes import known, outputs_of, shape_of
 from .projections import projection_of
 
 
@@ -108,7 +110,7 @@ def _site_of(
         raise _Refused(node, Reason.CACHE_NOT_FOUND, detail)
     mask_kind, mask, biases = _mask_of(attention, q_len, kv_len, phase, cut)
     for cached in (cache_key, cache_value):
-        same = vocab.known(cached.shape[0] == batch) and vocab.known(cached.shape[2] == kv_len)
+        same = known(cached.shape[0] == batch) and known(cached.shape[2] == kv_len)
         # K and V of a later call carry the lengths of two cache tensors: two symbols.
         if phase == cut and not same:
             detail = f"{cached.node.name} is {cached.shape} for batch {batch} and {kv_len} keys"
@@ -158,7 +160,7 @@ def _cross(
     if not wanted:
         raise _Refused(site.sdpa, Reason.CROSS_ATTENTION, f"{source} is not of the call's tokens")
     parts = (part for term in attention.terms for part, _ in parts_of(term.node, term.kind))
-    if attention.is_causal or not all(vocab.is_zeros(part) for part in parts):
+    if attention.is_causal or not all(mask_vocab.is_zeros(part) for part in parts):
         detail = f"a mask hides some of {source}, and would not fit what is kept of it"
         raise _Refused(site.sdpa, Reason.CROSS_ATTENTION, detail)
     if not site.value_outputs or site.latent:
@@ -167,7 +169,7 @@ def _cross(
 
 
 def _operand_shape(sdpa: Node, operand: object, what: str) -> tuple[Any, ...]:
-    shape = vocab.shape_of(operand)
+    shape = shape_of(operand)
     if shape is None or len(shape) != 4:
         raise _Refused(sdpa, Reason.OPERANDS, f"{what} has shape {shape}")
     return shape
@@ -175,9 +177,9 @@ def _operand_shape(sdpa: Node, operand: object, what: str) -> tuple[Any, ...]:
 
 def _phase_of(q_len: Any, kv_len: Any) -> Phase:
     """Decided at trace time, on the symbols: nothing is left to a run-time branch."""
-    if vocab.known(q_len == 1):
+    if known(q_len == 1):
         return "decode"
-    return "prefill" if vocab.known(q_len == kv_len) else "continuation"
+    return "prefill" if known(q_len == kv_len) else "continuation"
 
 
 def _latents(gm: GraphModule, attention: Attention) -> tuple[_Cached, _Cached] | None:
@@ -185,11 +187,11 @@ def _latents(gm: GraphModule, attention: Attention) -> tuple[_Cached, _Cached] |
 
     Where K or V is itself what the cache holds, this is no latent attention.
     """
-    returned = vocab.outputs_of(gm)
+    returned = outputs_of(gm)
 
     def is_cached(node: Node) -> bool:
-        shape = vocab.shape_of(node) or ()
-        one_head = len(shape) == 4 and vocab.known(shape[1] == 1)
+        shape = shape_of(node) or ()
+        one_head = len(shape) == 4 and known(shape[1] == 1)
         return one_head and (any(value is node for value in returned) or _is_buffer(node))
 
     operands = (attention.key, attention.value)
@@ -205,7 +207,7 @@ def _latents(gm: GraphModule, attention: Attention) -> tuple[_Cached, _Cached] |
 
 def _latent(node: Node, returned: tuple[Any, ...]) -> _Cached:
     outputs = tuple(i for i, value in enumerate(returned) if value is node)
-    return _Cached(node, outputs, vocab.shape_of(node) or ())
+    return _Cached(node, outputs, shape_of(node) or ())
 
 
 def _is_buffer(root: Node) -> bool:
@@ -220,7 +222,7 @@ def _is_buffer(root: Node) -> bool:
 
 def _cached(gm: GraphModule, operand: Node, axes: Reason) -> _Cached:
     """The tensor above ``operand`` that the graph returns, before any repetition over groups."""
-    returned = vocab.outputs_of(gm)
+    returned = outputs_of(gm)
     chain = chain_above(operand)
     for depth, node in enumerate(chain):
         outputs = tuple(i for i, value in enumerate(returned) if value is node)
@@ -240,7 +242,7 @@ def _cached(gm: GraphModule, operand: Node, axes: Reason) -> _Cached:
 def _checked_cache(
     operand: Node, node: Node, outputs: tuple[int, ...], path: list[Node], axes: Reason
 ) -> _Cached:
-    shape = vocab.shape_of(node)
+    shape = shape_of(node)
     if shape is None or len(shape) != 4 or not isinstance(shape[1], int):
         raise _Refused(operand, axes, f"the cache tensor {node.name} has shape {shape}")
     # The eviction node would copy what was there before, or after: it cannot know.
@@ -288,7 +290,7 @@ def _mask_of(
     if isinstance(read, str):
         raise _Refused(terms[0].node, Reason.MASK_UNREADABLE, read)
     mask, biases = read
-    shape = vocab.shape_of(attention.query) or ()
+    shape = shape_of(attention.query) or ()
     for bias in biases:
         wrong = wrong_with(bias, shape[0], shape[1], q_len, kv_len)
         if wrong:

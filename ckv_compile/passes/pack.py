@@ -23,6 +23,7 @@ from ..methods.ragged import ScorePacked
 from ..site import AttentionSite, Reason, Rejection
 from . import vocabulary as vocab
 from .insert import Capacity, Inserted, phase_of, repoint, sites_asked_for
+from .nodes import annotate, outputs_of, value_of
 from .projections import insert_weight
 
 # These choose within a layer, so that it can be cut as soon as it has been read.
@@ -65,7 +66,7 @@ class Wanted:
 def take_packed(gm: GraphModule) -> dict[Node, Wanted]:
     """What the caches want packed, by their keys. The markers stay for layers that are not cut."""
     found = {}
-    returned = vocab.outputs_of(gm)
+    returned = outputs_of(gm)
     for node in gm.graph.nodes:
         if vocab.is_ours(node, "packed"):
             key, _, total = node.args
@@ -180,7 +181,7 @@ def _pack(
     before: Sequence[tuple[Node, Node, Node]],
 ) -> list[Inserted]:
     graph = gm.graph
-    width = len(vocab.value_of(scores[0]))
+    width = len(value_of(scores[0]))
     last, kwargs = scores[-1], {}
     with graph.inserting_after(last):
         module = PackKV(config)
@@ -204,10 +205,10 @@ def _pack(
         packed = tuple(zip(*before, strict=True))
         node.args = (*node.args, (*packed, *_paired(parts[1::2])))
     node.kwargs = kwargs
-    vocab.annotate(node, module, like=group[0].sdpa)
+    annotate(node, module, like=group[0].sdpa)
     inserted = []
     # The capacity's size is the budget; shared out, the total is the same.
-    entries = vocab.value_of(capacity.node).shape[0]
+    entries = value_of(capacity.node).shape[0]
     held = _per_head(before, group)
     for i, site in enumerate(group):
         # The packed K and V and the heads' beginnings; then the tails of K and V.
@@ -219,7 +220,7 @@ def _pack(
         with graph.inserting_after(node):
             nodes = {p: graph.call_function(operator.getitem, (node, p)) for p in outputs.values()}
         for part in nodes.values():
-            vocab.annotate(part, operator.getitem, like=site.sdpa)
+            annotate(part, operator.getitem, like=site.sdpa)
         repoint(gm, {position: nodes[place] for position, place in outputs.items()})
         inserted.append(Inserted(site, node, module, entries, outputs, held))
     return inserted
@@ -232,7 +233,7 @@ def _paired(parts: Sequence[tuple[Node, ...]]) -> tuple[tuple[Node, ...], tuple[
 
 def _per_head(before: Sequence[tuple[Node, Node, Node]], group: Sequence[AttentionSite]) -> Any:
     """Packed entries per head, on average."""
-    stores = {key: vocab.value_of(key).shape[0] for key, _, _ in before}
+    stores = {key: value_of(key).shape[0] for key, _, _ in before}
     heads = sum(site.num_key_value_heads for site in group) * group[0].batch_size
     return sum(stores.values()) // heads if stores else 0
 
@@ -264,11 +265,11 @@ def _score(
         if expected is not None:
             kwargs["expected"] = expected
         node = graph.call_module(name, args, kwargs)
-    vocab.annotate(node, module, like=site.sdpa)
+    annotate(node, module, like=site.sdpa)
     return node
 
 
 def _part(graph: torch.fx.Graph, node: Node, index: int, site: AttentionSite) -> Node:
     part = graph.call_function(operator.getitem, (node, index))
-    vocab.annotate(part, operator.getitem, like=site.sdpa)
+    annotate(part, operator.getitem, like=site.sdpa)
     return part

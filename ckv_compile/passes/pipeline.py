@@ -8,7 +8,6 @@ from torch.fx import GraphModule
 
 from ..config import EvictionConfig
 from ..site import AttentionSite, Rejection
-from . import vocabulary as vocab
 from .attend import attend_packed, take_prefixes
 from .bias import place_biases
 from .einsum import spell_out_einsums
@@ -16,6 +15,7 @@ from .fastgen import insert_policies, take_profiled
 from .fold import fold_groups
 from .insert import Inserted, insert_eviction, phase_of, take_capacity, without_uncounted
 from .match import match_sites
+from .nodes import outputs_of
 from .pack import insert_packing, take_packed, without_unpacked
 from .positions import without_counting_caches
 from .recent import keep_queries
@@ -72,7 +72,7 @@ def rewrite(
     recent = keep_queries(gm, sites, config.queries_kept)
     turns = config.reads_rotation
     expected = turn_queries(gm, sites, phase_of(capacity)) if turns else {}
-    before = vocab.outputs_of(gm)
+    before = outputs_of(gm)
     # What is packed is cut; the other pass finds it done.
     packed = insert_packing(gm, sites, config, capacity, wanted, prefixes, recent, expected)
     packed += insert_policies(gm, sites, config, capacity, profiled, recent)

@@ -18,6 +18,7 @@ from ..site import AttentionSite, Reason, Rejection
 from . import vocabulary as vocab
 from .attention import Term
 from .masks import read_terms
+from .nodes import value_of
 
 
 def without_counting_caches(
@@ -56,7 +57,7 @@ def _unaligned(site: AttentionSite) -> str:
     """
     if site.phase != "continuation" or not site.key_outputs or site.attn_mask is None:
         return ""
-    value = vocab.value_of(site.attn_mask)
+    value = value_of(site.attn_mask)
     seen = isinstance(value, torch.Tensor) and value.dtype == torch.bool
     term = Term(site.attn_mask, site.sdpa, "seen" if seen else "added")
     mask = read_terms((term,), site.q_len, site.kv_len)
@@ -79,7 +80,7 @@ def _made_of(lengths: set[Any], site: AttentionSite) -> Node | None:
         if not vocab.only_sizes(node) and any(free_symbols(n) & lengths for n in _numbers(node)):
             return node
         for above in node.all_input_nodes:
-            if above not in seen and isinstance(vocab.value_of(above), (torch.Tensor, tuple)):
+            if above not in seen and isinstance(value_of(above), (torch.Tensor, tuple)):
                 seen.add(above)
                 todo.append(above)
     return None
@@ -88,6 +89,6 @@ def _made_of(lengths: set[Any], site: AttentionSite) -> Node | None:
 def _numbers(node: Node) -> Iterator[Any]:
     """The symbolic numbers among the arguments of a node."""
     for above in node.all_input_nodes:
-        value = vocab.value_of(above)
+        value = value_of(above)
         if isinstance(value, (torch.SymInt, torch.SymFloat)):
             yield value

@@ -20,6 +20,7 @@ from ..site import Branch, Matrix, Projection, Reason, Rejection
 from . import vocabulary as vocab
 from .axes import Layout, labelled, names_of, text_of, through
 from .einsum import Contraction, contraction_of
+from .nodes import annotate, argument, called, is_subclass, name_of, shape_of, value_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +99,7 @@ def _in_fork(rejection: Rejection, fork: str) -> Rejection:
 
 def _behind_op(node: Node, read: Mapping[Node, _Form]) -> _Form | Rejection:
     """What ``node`` makes of the values that it reads."""
-    unread = f"{node.name} ({vocab.name_of(node)}) stands before the projection"
+    unread = f"{node.name} ({name_of(node)}) stands before the projection"
     if vocab.is_add(node):
         return _sum(node, read) or Rejection(node, Reason.OUTPUT_OP, unread)
     if len(read) > 1:
@@ -122,7 +123,7 @@ def _behind_op(node: Node, read: Mapping[Node, _Form]) -> _Form | Rejection:
     op = vocab.layout_op_of(node)
     if op is None or node.args[0] is not source:
         return Rejection(node, Reason.OUTPUT_OP, unread)
-    layout = through(op, form.layout, vocab.shape_of(node) or ())
+    layout = through(op, form.layout, shape_of(node) or ())
     if layout is None:
         return Rejection(node, Reason.OUTPUT_AXES, f"{node.name} mixes the axes of the output")
     return dataclasses.replace(form, layout=layout)
@@ -165,14 +166,14 @@ def _matrix_of(node: Node, source: Node) -> Matrix | Rejection | None:
     """The matrix by which ``node`` multiplies ``source`` from the right."""
     if vocab.is_opaque_linear(node, source):
         if _identity_value(node, source) is None:
-            detail = f"{node.name} ({vocab.name_of(node)}) cannot be applied to the identity"
+            detail = f"{node.name} ({name_of(node)}) cannot be applied to the identity"
             return Rejection(node, Reason.OUTPUT_OP, detail)
-        return Matrix(node, vocab.argument(node, 1, "weight"), in_out=True, opaque=True)
+        return Matrix(node, argument(node, 1, "weight"), in_out=True, opaque=True)
     operands = vocab.projection_operands(node, source)
     if operands is None:
         return None
-    if vocab.is_subclass(vocab.value_of(operands[0])):
-        kind = type(vocab.value_of(operands[0])).__name__
+    if is_subclass(value_of(operands[0])):
+        kind = type(value_of(operands[0])).__name__
         detail = f"{operands[0].name} is a {kind}, whose numbers cannot be read"
         return Rejection(node, Reason.OUTPUT_OP, detail)
     return Matrix(node, *operands)
@@ -182,7 +183,7 @@ def _times(form: _Form, matrix: Matrix) -> _Form | Rejection:
     if names_of(form.layout)[-1] != form.features:
         detail = f"the projection reads {text_of(form.layout)}, not [.., H*D]"
         return Rejection(matrix.node, Reason.OUTPUT_AXES, detail)
-    (out,) = labelled("E", (vocab.shape_of(matrix.node) or ())[-1:])
+    (out,) = labelled("E", (shape_of(matrix.node) or ())[-1:])
     terms = tuple(dataclasses.replace(t, matrices=(*t.matrices, matrix)) for t in form.terms)
     layout = (*form.layout[:-1], out)
     return _Form(layout, names_of((out,))[0], terms, form.gates)
@@ -201,7 +202,7 @@ def _contracted(node: Node, form: _Form, found: Contraction) -> _Form | Rejectio
         detail = f"the projection {node.args[0]!r} reads {text_of(form.layout)}, not all of H and D"
         return Rejection(node, Reason.OUTPUT_AXES, detail)
     at = found.order.index(None)
-    (out,) = labelled("E", (vocab.shape_of(node) or ())[at : at + 1])
+    (out,) = labelled("E", (shape_of(node) or ())[at : at + 1])
     layout = tuple(out if axis is None else form.layout[axis] for axis in found.order)
     terms = tuple(dataclasses.replace(t, matrices=(*t.matrices, matrix)) for t in form.terms)
     return _Form(layout, names_of((out,))[0], terms, form.gates)
@@ -219,7 +220,7 @@ def _projection(node: Node, form: _Form, fork: str) -> Projection | Rejection:
 
 def _identity_value(node: Node, source: Node) -> Any:
     """What an opaque linear makes of the identity, as a fake tensor; None if it cannot."""
-    value, size = vocab.value_of(source), (vocab.shape_of(source) or (None,))[-1]
+    value, size = value_of(source), (shape_of(source) or (None,))[-1]
     if not isinstance(size, int):
         return None
     mode = value.fake_mode if isinstance(value, FakeTensor) else contextlib.nullcontext()
@@ -227,11 +228,11 @@ def _identity_value(node: Node, source: Node) -> Any:
         with mode:
             identity = torch.eye(size, dtype=value.dtype, device=value.device)
             args, kwargs = vocab.weight_alone(node, identity)
-            values = torch.fx.node.map_arg((args, kwargs), vocab.value_of)
-            found = vocab.called(node)(*values[0], **values[1])
+            values = torch.fx.node.map_arg((args, kwargs), value_of)
+            found = called(node)(*values[0], **values[1])
     except Exception:  # somebody else's op, which says in its own way that it will not
         return None
-    plain = isinstance(found, torch.Tensor) and not vocab.is_subclass(found)
+    plain = isinstance(found, torch.Tensor) and not is_subclass(found)
     return found if plain and found.dim() == 2 and found.shape[0] == size else None
 
 
@@ -260,14 +261,14 @@ def _insert_matrix(graph: Graph, matrix: Matrix) -> Node:
     """``[in, out]``"""
     if matrix.axes:
         permuted = graph.call_method("permute", (matrix.weight, *matrix.axes))
-        vocab.annotate(permuted, torch.Tensor.permute, like=matrix.node)
+        annotate(permuted, torch.Tensor.permute, like=matrix.node)
         flat = graph.call_method("flatten", (permuted, 0, 1))
-        vocab.annotate(flat, torch.Tensor.flatten, like=matrix.node)
+        annotate(flat, torch.Tensor.flatten, like=matrix.node)
         return flat
     if not matrix.opaque and matrix.in_out:
         return matrix.weight
     if matrix.opaque:
-        value = vocab.value_of(matrix.node.args[0])
+        value = value_of(matrix.node.args[0])
         like = {"dtype": value.dtype, "device": value.device}
         identity = graph.call_function(torch.eye, (value.shape[-1],), like)
         args, kwargs = vocab.weight_alone(matrix.node, identity)
@@ -275,5 +276,5 @@ def _insert_matrix(graph: Graph, matrix: Matrix) -> Node:
     else:
         new = [graph.call_method("t", (matrix.weight,))]
     for node in new:
-        vocab.annotate(node, vocab.called(node), like=matrix.node)
+        annotate(node, called(node), like=matrix.node)
     return new[-1]

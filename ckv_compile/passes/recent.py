@@ -12,6 +12,7 @@ from ..site import AttentionSite
 from . import vocabulary as vocab
 from .axes import first_above
 from .insert import repoint
+from .nodes import annotate, outputs_of, shape_of
 
 
 @torch.library.custom_op("ckv_compile::recent", mutates_args=())
@@ -72,15 +73,15 @@ def keep_queries(
 def _keep(gm: GraphModule, site: AttentionSite, marker: Node, window_size: int) -> Node:
     recent = marker.args[1]
     # A layer that was left alone in an earlier call has none.
-    known = len(vocab.shape_of(recent) or ()) == 4
+    known = len(shape_of(recent) or ()) == 4
     module = RecentQueries(window_size)
     name = f"ckv_recent_{site.index}"
     gm.add_submodule(name, module)
     with gm.graph.inserting_before(site.sdpa):
         args = (site.query, recent) if known else (site.query,)
         node = gm.graph.call_module(name, args)
-    vocab.annotate(node, module, like=site.sdpa)
-    outputs = vocab.outputs_of(gm)
+    annotate(node, module, like=site.sdpa)
+    outputs = outputs_of(gm)
     repoint(gm, {i: node for i, value in enumerate(outputs) if value is marker})
     if not marker.users:
         gm.graph.erase_node(marker)

@@ -19,6 +19,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
 from . import vocabulary as vocab
+from .nodes import is_subclass, name_of, value_of
 
 # Shorter stretches gain nothing: a call costs about as much as compiling a few pointwise ops.
 _LEAST_NODES = 10
@@ -63,9 +64,7 @@ def share_regions(gm: GraphModule) -> int:
 def _has_contexts(graph: Graph) -> bool:
     """Whether something is switched on or off in mid-graph: a subgraph would be traced under it."""
     return any(
-        vocab.value_of(node) is None
-        and vocab.name_of(node) != _SAYS_NOTHING
-        and not vocab.is_in_place(node)
+        value_of(node) is None and name_of(node) != _SAYS_NOTHING and not vocab.is_in_place(node)
         for node in graph.nodes
         if node.op == "call_function"
     )
@@ -74,7 +73,7 @@ def _has_contexts(graph: Graph) -> bool:
 def _stretches(graph: Graph) -> Iterator[Stretch]:
     """The longest runs of pure nodes that can be called, in the graph's order."""
     written = {
-        _storage(vocab.value_of(other))
+        _storage(value_of(other))
         for node in graph.nodes
         if node.op.startswith("call_") and _writes(node)
         for other in node.all_input_nodes[:1]
@@ -88,8 +87,8 @@ def _stretches(graph: Graph) -> Iterator[Stretch]:
         ):
             return True
         near = (node, *node.all_input_nodes)
-        touched = {_storage(vocab.value_of(other)) for other in near} - {None}
-        unpacks = any(n in apart and not _is_operand(vocab.value_of(n)) for n in near)
+        touched = {_storage(value_of(other)) for other in near} - {None}
+        unpacks = any(n in apart and not _is_operand(value_of(n)) for n in near)
         return unpacks or _writes(node) or bool(touched & written)
 
     def is_apart(node: Node) -> bool:
@@ -119,9 +118,9 @@ def _without_last_views(stretch: Stretch) -> Stretch:
 
 
 def _has_right_ends(stretch: Stretch) -> bool:
-    inputs = [vocab.value_of(node) for node in _inputs(stretch)]
+    inputs = [value_of(node) for node in _inputs(stretch)]
     taken = all(map(_is_operand, inputs)) and _names_its_symbols(inputs)
-    outputs = [vocab.value_of(node) for node in _outputs(stretch)]
+    outputs = [value_of(node) for node in _outputs(stretch)]
     return taken and bool(outputs) and all(isinstance(value, Tensor) for value in outputs)
 
 
@@ -151,13 +150,13 @@ def _outputs(stretch: Stretch) -> tuple[Node, ...]:
 
 def _parts(node: Node) -> Sequence[Any]:
     """The node's value, or those of the tuple that it is."""
-    value = vocab.value_of(node)
+    value = value_of(node)
     return value if isinstance(value, (tuple, list)) else (value,)
 
 
 def _is_operand(value: object) -> bool:
     """What can be handed to a subgraph: plain tensors and whole numbers."""
-    plain = isinstance(value, Tensor) and not vocab.is_subclass(value)
+    plain = isinstance(value, Tensor) and not is_subclass(value)
     return plain or (isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool))
 
 
@@ -173,7 +172,7 @@ def _signature(stretch: Stretch) -> Signature:
     def of(node: Node) -> Signature:
         return node.op, node.target, repr(map_arg((node.args, node.kwargs), names.__getitem__))
 
-    ends = tuple(_metadata(vocab.value_of(node)) for node in inputs)
+    ends = tuple(_metadata(value_of(node)) for node in inputs)
     returned = tuple(names[node] for node in _outputs(stretch))
     return ends, tuple(of(node) for node in stretch), returned
 
@@ -194,8 +193,8 @@ def _metadata(value: Any) -> Signature:
 
 def _returns_no_view(stretch: Stretch) -> bool:
     """Whether no output is a view of an input or of another output."""
-    inputs = {_storage(vocab.value_of(node)) for node in _inputs(stretch)}
-    outputs = [_storage(vocab.value_of(node)) for node in _outputs(stretch)]
+    inputs = {_storage(value_of(node)) for node in _inputs(stretch)}
+    outputs = [_storage(value_of(node)) for node in _outputs(stretch)]
     return len({*outputs}) == len(outputs) and not inputs & {*outputs}
 
 

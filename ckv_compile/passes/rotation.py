@@ -20,6 +20,7 @@ from torch.fx import GraphModule, Node
 from ..site import AttentionSite, Phase, Reason, Rejection
 from . import vocabulary as vocab
 from .axes import chain_above, upstream
+from .nodes import annotate, called, fake_mode_of, known, shape_of, value_of
 
 # The positions behind the prompt over which rotations are averaged (arXiv 2510.00636).
 HORIZON = 512
@@ -181,7 +182,7 @@ def _positions_of(angles: Iterable[Node], site: AttentionSite) -> Node | str:
     todo, seen = list(angles), set(angles)
     while todo:
         for above in todo.pop().all_input_nodes:
-            value = vocab.value_of(above)
+            value = value_of(above)
             if above in seen or not isinstance(value, Tensor):
                 continue
             seen.add(above)
@@ -204,8 +205,8 @@ def _rows_of(node: Node, site: AttentionSite) -> Node | None:
     """The same positions as ``[B or 1, Q]``, or if they never are as ``[Q]``; None for others."""
     for rank in (2, 1):
         for above in reversed(chain_above(node)):
-            shape = vocab.shape_of(above) or ()
-            if len(shape) == rank and vocab.known(shape[-1] == site.q_len):
+            shape = shape_of(above) or ()
+            if len(shape) == rank and known(shape[-1] == site.q_len):
                 return above
     return None
 
@@ -219,7 +220,7 @@ def _counts(node: Any) -> bool:
     if vocab.layout_op_of(node) is not None:
         return _counts(node.args[0])
     if vocab.is_add(node) and len(node.args) == 2:
-        tensors = [arg for arg in node.args if isinstance(vocab.value_of(arg), Tensor)]
+        tensors = [arg for arg in node.args if isinstance(value_of(arg), Tensor)]
         return len(tensors) == 1 and _counts(tensors[0])
     return False
 
@@ -229,11 +230,11 @@ def _tried(gm: GraphModule, site: AttentionSite, rotation: Rotation) -> Rotation
 
     Run on example values, before anything is inserted.
     """
-    values = {node: vocab.value_of(node) for node in (*rotation.angles, rotation.positions)}
-    padding = vocab.value_of(site.padding)
+    values = {node: value_of(node) for node in (*rotation.angles, rotation.positions)}
+    padding = value_of(site.padding)
     axes = []
     try:
-        with vocab.fake_mode_of([*values.values(), vocab.value_of(site.query)]):
+        with fake_mode_of([*values.values(), value_of(site.query)]):
             later = {rotation.positions: NextPositions()(values[rotation.positions], padding)}
             _run(gm, upstream(rotation.angles), later)
             means = {}
@@ -247,14 +248,14 @@ def _tried(gm: GraphModule, site: AttentionSite, rotation: Rotation) -> Rotation
             _run(gm, rotation.steps, means)
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
         return f"its rotation cannot be made for other positions: {str(error).splitlines()[0]}"
-    turned, query = tuple(means[site.query].shape), vocab.shape_of(site.query) or ()
+    turned, query = tuple(means[site.query].shape), shape_of(site.query) or ()
     if len(turned) != len(query) or not all(map(_same, turned, query)):
         return f"its rotation is {turned} for other positions, and not {query}"
     return dataclasses.replace(rotation, axes=tuple(axes))
 
 
 def _same(one: Any, other: Any) -> bool:
-    return vocab.known(one == other)
+    return known(one == other)
 
 
 def _axis_of(own: Sequence[Any], new: Sequence[Any], q_len: Any) -> int | None:
@@ -279,9 +280,9 @@ def _run(gm: GraphModule, nodes: Iterable[Node], values: dict[Node, Any]) -> Non
         if node.op not in ("call_function", "call_method"):
             raise TypeError(f"{node.name} is a {node.op}")
         args, kwargs = torch.fx.node.map_arg(
-            (node.args, node.kwargs), lambda n: values.get(n, vocab.value_of(n))
+            (node.args, node.kwargs), lambda n: values.get(n, value_of(n))
         )
-        values[node] = vocab.called(node)(*args, **kwargs)
+        values[node] = called(node)(*args, **kwargs)
 
 
 def _turn(
@@ -311,7 +312,7 @@ def _call(
     gm.add_submodule(name, module)
     with gm.graph.inserting_before(site.sdpa):
         node = gm.graph.call_module(name, args)
-    vocab.annotate(node, module, like=site.sdpa)
+    annotate(node, module, like=site.sdpa)
     return node
 
 
@@ -322,5 +323,5 @@ def _copy(gm: GraphModule, nodes: Iterable[Node], new: dict[Node, Node], before:
         if node in nodes and node not in new and set(node.all_input_nodes) & new.keys():
             with gm.graph.inserting_before(before):
                 copied = gm.graph.node_copy(node, lambda n: new.get(n, n))
-            vocab.annotate(copied, vocab.called(copied), like=node)
+            annotate(copied, called(copied), like=node)
             new[node] = copied

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 from torch.fx import GraphModule, Node
 
-from . import vocabulary as vocab
 from .insert import Inserted
+from .nodes import known, outputs_of, value_of
 
 
 class VerificationError(RuntimeError):
@@ -25,7 +25,7 @@ def verify(gm: GraphModule, before: Sequence[object], inserted: Sequence[Inserte
         VerificationError: naming the output or the site.
     """
     gm.graph.lint()
-    after = vocab.outputs_of(gm)
+    after = outputs_of(gm)
     expected: dict[int, tuple[Inserted, int]] = {}
     for eviction in inserted:
         expected |= {i: (eviction, part) for i, part in eviction.outputs.items()}
@@ -49,7 +49,7 @@ def _verify_output(eviction: Inserted, i: int, part: int, old: object, new: obje
     if i not in (*eviction.site.key_outputs, *eviction.site.value_outputs):
         # Positions, or what is packed: in the traced call there were none.
         return
-    before, after = vocab.value_of(old), vocab.value_of(new)
-    same_rows = all(vocab.known(before.shape[i] == after.shape[i]) for i in (0, 1, 3))
+    before, after = value_of(old), value_of(new)
+    same_rows = all(known(before.shape[i] == after.shape[i]) for i in (0, 1, 3))
     if not same_rows or before.dtype != after.dtype:
         raise VerificationError(f"{name}: cache of {before.shape} became {after.shape}")

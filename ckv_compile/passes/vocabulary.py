@@ -1,28 +1,27 @@
-"""The only room that spells operator names: what a node of a graph means to the matcher.
+"""The room that spells operator names: what a node of a graph means to the matcher.
+
+Those that masks are written with are spelled beside it, in ``mask_vocabulary.py``, and what does
+not depend on the op is read by ``nodes.py``.
 
 Two dialects: Dynamo's, where an op is a method or a function of torch, and ATen of
 ``torch.export``, where it is an overload with a schema. ATen's plain names are mostly those of
 Dynamo, in the same order of arguments; where they differ, both stand here. A new spelling of an op
-is one entry here and one row in ``tests/passes/test_match.py``.
+is one entry in one of the two files and one row in ``tests/passes/test_match.py``.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import operator
-from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 from torch._higher_order_ops.flex_attention import flex_attention
-from torch._ops import OpOverload, OpOverloadPacket
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.fx import GraphModule, Node
-from torch.fx.experimental.symbolic_shapes import statically_known_true
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch._ops import OpOverload
+from torch.fx import Node
+
+from .nodes import argument, is_subclass, known, name_of, shape_of, value_of
 
 LayoutKind = Literal["keep", "permute", "regroup", "expand", "interleave"]
 
@@ -44,9 +43,6 @@ _CLOSED = {
     "_native_multi_head_attention",
     "_transformer_encoder_layer_fwd",
 }
-_AND = {"and_", "__and__", "iand", "__iand__", "bitwise_and", "logical_and"}
-_LESS_EQUAL = {"le", "__le__", "less_equal"}
-_GREATER_EQUAL = {"ge", "__ge__", "greater_equal"}
 # Custom ops that multiply their first argument by a quantised matrix, and the position of a bias.
 _OPAQUE_LINEAR = {"bitsandbytes.gemm_4bit.default": 6, "bitsandbytes.gemv_4bit.default": 6}
 _FULL_SLICES = (slice(None), slice(0, None, None), slice(None, None, 1), slice(0, None, 1))
@@ -59,99 +55,6 @@ class LayoutOp:
     kind: LayoutKind
     perm: tuple[int, ...] = ()
     dim: int = 0
-
-
-def value_of(node: object) -> Any:
-    """The example value (a fake tensor) of a node, or None."""
-    if not isinstance(node, Node):
-        return None
-    value = node.meta.get("example_value")
-    return node.meta.get("val") if value is None else value
-
-
-def shape_of(node: object) -> tuple[Any, ...] | None:
-    value = value_of(node)
-    return tuple(value.shape) if isinstance(value, torch.Tensor) else None
-
-
-def annotate(node: Node, call: Callable[..., Any], like: Node) -> None:
-    """Give a new node what the tracer gives its own: the example value, and whence it comes.
-
-    Args:
-        call: computes the node's value from those of its arguments.
-        like: the node in whose place it stands.
-    """
-    derive(node, like)
-    values = torch.fx.node.map_arg(node.args, value_of)
-    named = torch.fx.node.map_arg(node.kwargs, value_of)
-    key = "val" if "val" in like.meta else "example_value"
-    with fake_mode_of([value_of(other) for other in (*node.all_input_nodes, like)]):
-        node.meta[key] = call(*values, **named)
-
-
-def derive(node: Node, like: Node) -> None:
-    """Say of a new node that it comes from the same line and module as another."""
-    for copied in ("stack_trace", "nn_module_stack", "source_fn_stack"):
-        if copied in like.meta:
-            node.meta[copied] = like.meta[copied]
-
-
-def is_size(node: Node, size: Any) -> bool:
-    """Whether ``node`` is an int that is known to be ``size``."""
-    value = value_of(node)
-    return isinstance(value, (int, torch.SymInt)) and known(value == size)
-
-
-def is_parameter(node: Node) -> bool:
-    """Whether an input of the graph is a parameter of the model."""
-    return isinstance(value_of(node), nn.Parameter)
-
-
-def outputs_of(gm: GraphModule) -> tuple[Any, ...]:
-    """What the graph returns, in order."""
-    (output,) = (node for node in gm.graph.nodes if node.op == "output")
-    return tuple(output.args[0])
-
-
-def fake_mode_of(values: Iterable[Any]) -> Any:
-    """The mode of the first fake tensor; without one a context that does nothing."""
-    # Not detect_fake_mode: inside a backend that finds the mode of the example inputs, which is a
-    # younger one than that of the graph's example values (both share their symbols).
-    modes = (value.fake_mode for value in values if isinstance(value, FakeTensor))
-    return next(modes, contextlib.nullcontext())
-
-
-def known(condition: Any) -> bool:
-    """Whether a comparison of symbolic sizes is provable; never adds a guard."""
-    return bool(statically_known_true(condition))
-
-
-def name_of(node: Node) -> str:
-    """The op's plain name, whichever way it is called; '' for inputs and outputs."""
-    if node.op == "call_method":
-        return str(node.target)
-    if node.op == "call_function":
-        if isinstance(node.target, (OpOverload, OpOverloadPacket)):
-            # Of another library's op the whole name: its "linear" may be anything.
-            return _qualified_name(node.target).removeprefix("aten::")
-        return str(getattr(node.target, "__name__", node.target))
-    if node.op == "call_module":
-        return "call_module"
-    return ""
-
-
-def _qualified_name(op: OpOverload | OpOverloadPacket) -> str:
-    return str(op._schema.name if isinstance(op, OpOverload) else op._qualified_op_name)
-
-
-def argument(node: Node, position: int, name: str, default: Any = None) -> Any:
-    """A call's argument by position or by keyword; an ATen op's schema knows name and default."""
-    if len(node.args) > position:
-        return node.args[position]
-    if isinstance(node.target, OpOverload) and position < len(node.target._schema.arguments):
-        declared = node.target._schema.arguments[position]
-        return node.kwargs.get(declared.name, declared.default_value)
-    return node.kwargs.get(name, default)
 
 
 def is_sdpa(node: Node) -> bool:
@@ -238,53 +141,6 @@ def _is_scalar(node: object) -> bool:
     return isinstance(value_of(node), (torch.SymFloat, torch.SymInt, float, int))
 
 
-def masking_where(node: Node) -> Node | None:
-    """The condition of ``where(condition, 0, very negative)``: an additive mask."""
-    filled = hiding_fill(node)
-    if filled is not None:
-        _, condition, kind = filled
-        return condition if kind == "seen" and is_zeros(node.args[1]) else None
-    if name_of(node) != "where" or len(node.args) != 3:
-        return None
-    condition, seen, hidden = node.args
-    return condition if seen == 0 and is_very_negative(hidden) else None
-
-
-def hiding_fill(node: Node) -> tuple[Node, Node, Literal["seen", "hidden"]] | None:
-    """``(x, condition, where it is True)`` of ``where(seen, x, low)`` and ``x.masked_fill(hidden,
-    low)``, where ``low`` is a number so negative that the softmax makes it 0.
-    """
-    if len(node.args) != 3:
-        return None
-    name, kind = name_of(node), "hidden"
-    first, second, low = node.args
-    if name == "where":
-        first, second, kind = second, first, "seen"
-    elif name != "masked_fill":
-        return None
-    tensors = isinstance(first, Node) and isinstance(second, Node)
-    return (first, second, kind) if tensors and is_very_negative(low) else None  # type: ignore[return-value]
-
-
-def is_very_negative(value: object) -> bool:
-    """A number below which logits are nothing; float16's minimum is the largest that is used."""
-    if isinstance(value, Node) and name_of(value) in ("tensor", "full", "scalar_tensor"):
-        at = 1 if name_of(value) == "full" else 0
-        value = value.args[at] if len(value.args) > at else None
-    return isinstance(value, (int, float)) and value <= -65504
-
-
-def is_zeros(node: object) -> bool:
-    """A new tensor of zeros."""
-    return isinstance(node, Node) and name_of(node) in ("zeros", "new_zeros", "zeros_like")
-
-
-def is_floor(node: Node) -> bool:
-    """``max(x, very negative)``: what is hidden stays hidden, the rest what it is."""
-    low = node.args[1] if len(node.args) == 2 else None
-    return name_of(node) in ("max", "maximum", "clamp_min") and is_very_negative(low)
-
-
 def is_shift_by_own_max(node: Node) -> bool:
     """``x - x.max(-1, keepdim=True)``: the softmax of it is that of ``x``."""
     if name_of(node) not in ("sub", "__sub__", "isub") or len(node.args) != 2:
@@ -301,10 +157,6 @@ def is_shift_by_own_max(node: Node) -> bool:
 def drops_last(node: Node) -> bool:
     """``x[..., :-1]``"""
     return name_of(node) == "getitem" and node.args[1] == (Ellipsis, slice(None, -1, None))
-
-
-def is_not(node: Node) -> bool:
-    return name_of(node) in ("logical_not", "bitwise_not", "invert", "inv", "__invert__")
 
 
 def is_dropout(node: Node) -> bool:
@@ -422,20 +274,10 @@ def is_opaque_linear(node: Node, source: Node) -> bool:
     return wrapped and name_of(node) in ("linear", "matmul", "mm", "__matmul__")
 
 
-def is_subclass(value: object) -> bool:
-    """Whether a value is a tensor made of other tensors, such as torchao's quantised weights."""
-    return is_traceable_wrapper_subclass(value)
-
-
 def weight_alone(node: Node, operand: object) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Arguments for an opaque linear: applied to ``operand``, without its bias."""
     kept = node.args[1:] if str(node.target) in _OPAQUE_LINEAR else node.args[1:2]
     return (operand, *kept), {k: v for k, v in node.kwargs.items() if k != "bias"}
-
-
-def called(node: Node) -> Callable[..., Any]:
-    """What a node calls."""
-    return getattr(torch.Tensor, node.target) if node.op == "call_method" else node.target
 
 
 def factor_of(node: Node, source: Node) -> Node | None:
@@ -501,20 +343,8 @@ def only_measures(node: Node, source: Node) -> bool:
     return (named and node.args[0] is not source) or name in _MEASURES
 
 
-def is_and(node: Node) -> bool:
-    return name_of(node) in _AND
-
-
 def is_cast(node: Node) -> bool:
     return name_of(node) in _CASTS
-
-
-def is_less_equal(node: Node) -> bool:
-    return name_of(node) in _LESS_EQUAL
-
-
-def is_greater_equal(node: Node) -> bool:
-    return name_of(node) in _GREATER_EQUAL
 
 
 def is_add(node: object) -> bool:
@@ -536,17 +366,6 @@ def is_in_place(node: Node) -> bool:
 def is_update(node: Node) -> bool:
     """A copy of a tensor with some of its entries replaced: as long as before."""
     return name_of(node) in _UPDATES
-
-
-def is_all_true(node: Node) -> bool:
-    """``ones`` of bool, however it is written."""
-    value = value_of(node)
-    return isinstance(value, torch.Tensor) and value.dtype == torch.bool and is_ones(node)
-
-
-def is_ones(node: Node) -> bool:
-    """A new tensor of ones."""
-    return name_of(node) in ("new_ones", "ones", "ones_like")
 
 
 def is_advanced_index(node: Node) -> bool:

@@ -11,9 +11,9 @@ from ckv_compile.config import EvictionConfig
 from ckv_compile.kernels import reference
 from ckv_compile.passes.insert import insert_eviction
 from ckv_compile.passes.match import match_sites
+from ckv_compile.passes.nodes import outputs_of
 from ckv_compile.passes.pipeline import rewrite
 from ckv_compile.passes.verify import VerificationError, verify
-from ckv_compile.passes.vocabulary import outputs_of
 
 CONFIG = EvictionConfig(budget=9, window_size=3, kernel_size=3)
 
