@@ -15,8 +15,9 @@ from .budget import Budget
 from .config import EvictionConfig
 from .export import explain_program, optimize_program
 from .policies import POLICIES, Policies, kinds_of
+from .region import Region
 from .report import Report
-from .runtime import OptimizedForward, Region
+from .runtime import OptimizedForward
 
 if TYPE_CHECKING:
     from .cache import EvictedCache

@@ -20,7 +20,7 @@ if os.environ.get("CI"):
 @pytest.fixture(scope="module")
 def model():
     """One model for all tests of a file; they make more kinds of calls than a program does."""
-    with mock.patch("ckv_compile.runtime._RECOMPILE_LIMIT", 200):
+    with mock.patch("ckv_compile.region.RECOMPILE_LIMIT", 200):
         return ckv_compile.optimize(tiny(), 0.5, lowering="eager")
 
 

@@ -11,7 +11,7 @@ from models import BARE, LAYERS, STATIC, made
 from torch import nn
 
 import ckv_compile
-from ckv_compile.runtime import WrongPositionsError
+from ckv_compile.region import WrongPositionsError
 
 N, STEPS = 80, 5
 

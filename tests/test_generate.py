@@ -221,7 +221,7 @@ def test_nothing_matched_warns_once_and_runs_unchanged():
 
 def test_recompile_limit_is_said_aloud(monkeypatch):
     """Past the limit Dynamo silently runs eager, that is, silently stops evicting."""
-    monkeypatch.setattr("ckv_compile.runtime._RECOMPILE_LIMIT", 1)
+    monkeypatch.setattr("ckv_compile.region.RECOMPILE_LIMIT", 1)
     model = ckv_compile.optimize(tiny(), 0.5, lowering="eager")
     with torch.no_grad():
         model(input_ids=prompt(60), use_cache=True)

@@ -29,7 +29,7 @@ def packed(request):
     """One compiled model for all tests of an allocation; one layer where it is cut alone."""
     counters.clear()
     layers = 1 if request.param == "adakv" else 2
-    with mock.patch("ckv_compile.runtime._RECOMPILE_LIMIT", 64):
+    with mock.patch("ckv_compile.region.RECOMPILE_LIMIT", 64):
         model = ckv_compile.optimize(small(layers), 0.5, **options_of(request.param))
     return request.param, model
 

@@ -56,7 +56,7 @@ def armed(family="llama", **options):
 
 @pytest.fixture(scope="module")
 def fragile():
-    with mock.patch("ckv_compile.runtime._RECOMPILE_LIMIT", 200):
+    with mock.patch("ckv_compile.region.RECOMPILE_LIMIT", 200):
         return optimized(armed())
 
 

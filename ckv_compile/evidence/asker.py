@@ -21,7 +21,8 @@ from ..cache import has_policies
 from ..config import EvictionConfig
 from ..methods.base import Scores
 from ..policies import kinds_of
-from ..runtime import OptimizedForward, Region
+from ..region import Region
+from ..runtime import OptimizedForward
 from .caches import cut, cut_packed, fresh_cache, held_by_policies, layers_of, uncut_layers
 from .candidates import NO_KINDS, Candidate, Spec
 from .probe import Seen, Watcher
