@@ -237,3 +237,17 @@ def test_a_model_changes_from_a_budget_to_policies_and_back():
     ckv_compile.optimize(model, budget=0.5, window_size=64, lowering="eager")
     with pytest.raises(ValueError, match="ints >= 0"):
         TokenKinds((-1,))
+
+
+def test_tokens_that_policies_have_not_seen_are_named():
+    """Seen: an IndexError in a compiled graph, of tokens whose kinds nobody had noted."""
+    model = optimized()
+    cache = generated(model, prompt(60), steps=4).past_key_values
+    ckv_compile.optimize(model, 0.5, lowering="eager")
+    with torch.no_grad():
+        model(input_ids=prompt(1), past_key_values=cache)
+        ckv_compile.optimize(model, tokenizer=KINDS, **OPTIONS)
+        seen = cache.get_seq_length()
+        with pytest.raises(ValueError, match=r"of its last 1 tokens .* Go on without it"):
+            model(input_ids=prompt(1), past_key_values=cache)
+    assert cache.get_seq_length() == seen

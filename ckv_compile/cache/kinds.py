@@ -12,10 +12,20 @@ from .evicted import are_packed, evicted_layers, first_layer
 
 
 def kinds_held(cache: Any, kinds: Tensor) -> Tensor:
-    """Of the tail's tokens and a call's, ``[B, t]`` and ``[B, Q]``, together."""
+    """Of the tail's tokens and a call's, ``[B, t]`` and ``[B, Q]``, together.
+
+    Raises:
+        ValueError: tokens have come since that nobody told apart.
+    """
     layer = first_layer(cache)
     if layer is None or layer.kinds is None:
         return kinds
+    if missed := layer.held - layer.kinds.shape[1]:
+        raise ValueError(
+            f"the cache was read on by another method, or by a model that is not optimised: of its "
+            f"last {missed} tokens method='fastgen' does not know which are special or punctuation. "
+            f"Go on without it, or begin a new cache"
+        )
     return torch.cat([layer.kinds, kinds], dim=1)
 
 
