@@ -22,9 +22,9 @@ def kinds_held(cache: Any, kinds: Tensor) -> Tensor:
         return kinds
     if missed := layer.held - layer.kinds.shape[1]:
         raise ValueError(
-            f"the cache was read on by another method, or by a model that is not optimised: of its "
-            f"last {missed} tokens method='fastgen' does not know which are special or punctuation. "
-            f"Go on without it, or begin a new cache"
+            "the cache was read on by another method, or by a model that is not optimised: of its "
+            f"last {missed} tokens nobody told method='fastgen' which are special or punctuation. "
+            "Go on without it, or begin a new cache"
         )
     return torch.cat([layer.kinds, kinds], dim=1)
 
