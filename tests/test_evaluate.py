@@ -361,18 +361,33 @@ def test_bench_from_a_shell(folder, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     "name",
-    ["norms", *(pytest.param(s, marks=pytest.mark.slow) for s in ("epsilon", "stages", "pooling"))],
+    [
+        "norms",
+        *(
+            pytest.param(study, marks=pytest.mark.slow)
+            for study in ("epsilon", "stages", "heads", "pooling")
+        ),
+    ],
 )
 def test_studies_write_lines_and_tell_tables(folder, tmp_path, name, capsys, monkeypatch):
     monkeypatch.setattr(studies, "BUDGETS", (0.4,))
     monkeypatch.setattr(studies, "HELD_OUT", ("topic:specialnames",))
-    results = tmp_path / "study.jsonl"
-    argv = ["study", name, "--model", folder, "--tokens", 200, "--results", results, "--markdown"]
+    monkeypatch.setattr(studies, "ASKED", ("single",))
+    monkeypatch.setattr(studies, "SAMPLES", 2)
+    results, tokens = tmp_path / "study.jsonl", LENGTH if name == "heads" else 200
+    argv = ["study", name, "--model", folder, "--tokens", tokens, "--results", results]
+    argv.append("--markdown")
     assert run(*argv) == 0
     out, lines = capsys.readouterr().out, [json.loads(line) for line in results.open()]
     if name == "norms":
         assert all(-1 <= value <= 1 for line in lines for value in line["spearman_l1_l2"])
         assert "| spearman_l1_l2" in out
+    elif name == "heads":
+        answers = [line for line in lines if "answer" in line]
+        # The full cache once, four methods at three budgets in both settings.
+        assert len(answers) == 2 * (1 + 4 * 3 * 2)
+        assert [line["budget"] for line in lines if "calibration" in line] == [0.1, 0.2, 0.4]
+        assert "| alpha by head" in out
     else:
         compared = [line for line in lines if "than" in line]
         assert all(0 <= line["better_group"] <= line["heads_group"] == 4 for line in compared)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -164,8 +164,12 @@ def _ask(
 
 def read(results: Path | None) -> list[Answer]:
     """The answers in a file."""
-    lines = read_lines(results)
-    return [Answer(**{**line, "expected": tuple(line["expected"])}) for line in lines]
+    return [answer_of(line) for line in read_lines(results)]
+
+
+def answer_of(line: Mapping[str, Any]) -> Answer:
+    """From plain data."""
+    return Answer(**{**line, "expected": tuple(line["expected"])})
 
 
 def told(results: Path) -> list[Answer]:

@@ -8,7 +8,7 @@ import inspect
 import itertools
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import evaluate
+from .asker import Asker
 from .candidates import Candidate
 from .jsonl import Steps
 from .perturbation import BUDGETS, PerturbationReport, perturbation
@@ -40,6 +42,9 @@ from .variants import (
 TUNING = ("topic:execmodel import naming",)
 HELD_OUT = ("topic:specialnames", "topic:compound numeric-types", "module:textwrap", "module:ast")
 LATER = 32
+# Budgets for which alphas are chosen by head, and the questions that judge the choice.
+CHOSEN = (0.1, 0.2, 0.4)
+ASKED, SAMPLES = ("single", "multikey", "frequent"), 16
 
 
 def text_of(name: str) -> str:
@@ -103,6 +108,20 @@ class Bench:
             return lines
 
         return self._once(name, of.__qualname__, compute=compute)
+
+    def asked(self, methods: tuple[Candidate, ...]) -> Iterator[Line]:
+        """Answers to questions about texts of ``tokens``, sample by sample, as plain data."""
+        asker = Asker(self.model, self.tokenizer)
+        for sample, task in itertools.product(range(SAMPLES), ASKED):
+            self.on_text(f"{task}, no. {sample}")
+            plan = evaluate.Plan(
+                self.name, (task,), (self.tokens,), evaluate.SETTINGS, 1, CHOSEN, methods, sample
+            )
+
+            def compute(plan: evaluate.Plan = plan) -> list[Line]:
+                return [dataclasses.asdict(answer) for answer in evaluate.run(asker, plan)]
+
+            yield from self._once(task, sample, compute=compute)
 
     def _once(self, *asked: Any, compute: Callable[[], Any]) -> Any:
         return self.steps.take([self.name, self.tokens, *asked], compute)
@@ -197,10 +216,33 @@ def stages(bench: Bench) -> Iterator[Line]:
             variant(f"snapkv, window {size}", method="snapkv", window_size=size),
             variant(f"criticalkv, window {size}", window_size=size),
         ]
+    by_head = yield from _by_head(bench, ratios)
+    apart = [
+        variant("window apart", window_apart),
+        variant("window apart, eps 0", window_apart, epsilon=0.0),
+    ]
+    methods = [*ratios, by_head, *apart, *windows]
+    snap = {one: methods[RATIOS.index(1.0)] for one in methods}
+    for i, one in enumerate(windows):
+        snap[one] = windows[i - i % 2]
+    for name in HELD_OUT:
+        report = bench.measure(name, methods, LATER, (0.05, 0.1, 0.2, 0.4))
+        yield from _shares(report, snap, {"part": "held-out", "text": name, "later": LATER})
+
+
+def heads(bench: Bench) -> Iterator[Line]:
+    """Whether alphas by head, which lower perturbation on held-out texts, answer better."""
+    ratios = [variant(ratio_label(ratio), first_stage_ratio=ratio) for ratio in RATIOS]
+    by_head = yield from _by_head(bench, ratios)
+    snap, critical = variant("snapkv", method="snapkv"), variant("criticalkv")
+    yield from bench.asked((snap, critical, ratios[RATIOS.index(0.75)], by_head))
+
+
+def _by_head(bench: Bench, ratios: Sequence[Candidate]) -> Generator[Line, None, Candidate]:
+    """An alpha for each head at each budget, chosen on a text; lines that say which."""
     chosen = {}
-    for budget in (0.1, 0.2, 0.4):
-        found = bench.measure(TUNING[0], ratios, LATER, (budget,))
-        chosen[budget] = calibrated(found, budget)
+    for budget in CHOSEN:
+        chosen[budget] = calibrated(bench.measure(TUNING[0], ratios, LATER, (budget,)), budget)
     seconds = sum(bench.seconds)
     for budget, by_site in chosen.items():
         counts = dict.fromkeys(RATIOS, 0)
@@ -213,17 +255,7 @@ def stages(bench: Bench) -> Iterator[Line]:
         share = max(config.budget.spec, min(chosen))
         return per_head_ratio(chosen[share])(seen, config, budget)
 
-    apart = [
-        variant("window apart", window_apart),
-        variant("window apart, eps 0", window_apart, epsilon=0.0),
-    ]
-    methods = [*ratios, variant("alpha by head", per_head), *apart, *windows]
-    snap = {one: methods[RATIOS.index(1.0)] for one in methods}
-    for i, one in enumerate(windows):
-        snap[one] = windows[i - i % 2]
-    for name in HELD_OUT:
-        report = bench.measure(name, methods, LATER, (0.05, 0.1, 0.2, 0.4))
-        yield from _shares(report, snap, {"part": "held-out", "text": name, "later": LATER})
+    return variant("alpha by head", per_head)
 
 
 def pooling(bench: Bench) -> Iterator[Line]:
@@ -290,13 +322,15 @@ def _spearman(a: Tensor, b: Tensor) -> list[float]:
 STUDIES: dict[str, Callable[[Bench], Iterator[Line]]] = {
     "epsilon": epsilon,
     "stages": stages,
+    "heads": heads,
     "pooling": pooling,
     "norms": norms,
 }
 # How often each of them reads a text.
 _READS = {
     "epsilon": 2 * (len(TUNING) + len(HELD_OUT)),
-    "stages": 3 + len(HELD_OUT),
+    "stages": len(CHOSEN) + len(HELD_OUT),
+    "heads": len(CHOSEN) + len(ASKED) * SAMPLES,
     "pooling": len(TUNING) + len(HELD_OUT),
     "norms": len(TUNING) + len(HELD_OUT),
 }

@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 
+from . import evaluate
 from .jsonl import read_lines
-from .text import table
+from .scores import scores
+from .text import score_table, table
 
 # A line of a study's results.
 Line = dict[str, Any]
@@ -28,6 +30,10 @@ def told(name: str, results: Path, *, markdown: bool = False) -> str:
     ]
     if found:
         parts.append(f"{found[0]['seconds']:.0f} s in all")
+    answers = [evaluate.answer_of(line) for line in lines if "answer" in line]
+    if answers:
+        told_of = scores(answers, over_tasks=True) + scores(answers)
+        parts.append(f"\n{score_table(told_of, markdown=markdown)}")
     for later in sorted({line["later"] for line in compared}):
         for part in dict.fromkeys(line["part"] for line in compared):
             here = [one for one in compared if (one["later"], one["part"]) == (later, part)]
