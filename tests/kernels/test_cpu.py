@@ -25,6 +25,10 @@ from ckv_compile.kernels.projected_norm import UnmadeNorm
 MODULES = (cpu_norm, cpu_select, cpu_window)
 
 
+def no_library(*_: Any) -> None:
+    """As on a machine without a compiler."""
+
+
 def base_of(value: Tensor, seed: int, levels: int) -> Tensor:
     """``[B, Hkv, K]``, heavy-tailed as attention is; with few levels many are equal."""
     generator = torch.Generator().manual_seed(seed)
@@ -183,6 +187,42 @@ def test_the_root_of_a_weight_without_full_rank(width: int) -> None:
     assert not projected_norm.projected_norm(nothing, weight, False, 4, "l2").any()
 
 
+@pytest.mark.parametrize("library", [True, False])
+def test_an_infinite_value_has_no_l2_norm_in_whatever_channel(library: bool) -> None:
+    """Seen: infinity or NaN, by how many rows of the root a processor's registers hold."""
+    value, weight = torch.randn(1, 2, 16, 16), torch.randn(40, 64)
+    value[0, 1].fill_diagonal_(float("inf"))
+    with (
+        contextlib.nullcontext() if library else mock.patch.object(cpu_norm, "library", no_library)
+    ):
+        norms = projected_norm.projected_norm(value, weight, False, 4, "l2")
+    assert norms[0, 1].isnan().all() and norms[0, 0].isfinite().all()
+
+
+def test_tiny_weights_bound_their_norms() -> None:
+    """Seen: the root's own norm was zero, and the bounds of values it hardly sees too low."""
+    base = torch.full((1, 1, 300), 0.01)
+    for seed in range(40):
+        generator = torch.Generator().manual_seed(seed)
+        line = torch.randn(16, generator=generator)
+        value = torch.randn(1, 1, 300, 16, generator=generator)
+        value -= (value @ line)[..., None] * line / (line @ line)
+        unmade = UnmadeNorm(1e19 * value, line.expand(64, -1) * 1e-25, False, 1, "l1", False)
+        for budget in (10, 100, 200):
+            expected = select.select(base, unmade.made(), budget, 2, 0.0, 1e-4)
+            assert torch.equal(select.select(base, unmade, budget, 2, 0.0, 1e-4), expected)
+
+
+def test_nothing_is_scored_where_nothing_is() -> None:
+    """Seen: a division by zero, which ended the process."""
+    query, key = torch.randn(0, 4, 20, 8), torch.randn(0, 2, 20, 8)
+    assert window_attention.window_attention(query, key, None, 4, 3).shape == (0, 2, 20)
+    with pytest.raises(RuntimeError):
+        window_attention.cross_attention(
+            torch.randn(1, 4, 0, 8), torch.randn(1, 2, 5, 8), None, 4, 3
+        )
+
+
 def test_logits_that_are_made_twice_score_the_same() -> None:
     """The second pass finds those of some chunks alone: equal keys must be equal in all of them."""
     query, key = torch.randn(1, 32, 1600, 8), torch.randn(1, 2, 1600, 8)
@@ -218,7 +258,7 @@ def test_library_calls_give_the_same_without_a_compiler(
     expected = made()
     unmade = UnmadeNorm(value, site["weight"], site["in_out"], heads, "l1", False)
     base, options = base_of(value, 0, 1 << 20), ((value.shape[2] + 1) // 2, 1, 0.5, 1e-4)
-    without = (mock.patch.object(module, "library", lambda *_: None) for module in MODULES)
+    without = (mock.patch.object(module, "library", no_library) for module in MODULES)
     with contextlib.ExitStack() as stack:
         for patch in without:
             stack.enter_context(patch)

@@ -98,8 +98,8 @@ inline vec sums_of(vec (&v)[LANES]) {
 
 // Rows [ROWS][depth] times a panel [depth][COLUMNS]. Not inline: among other values GCC keeps some
 // of the sums in memory.
-__attribute__((noinline)) void multiply(const float* rows, const float* panel, int64_t depth,
-                                        vec (&out)[ROWS][2]) {
+[[maybe_unused, gnu::noinline]] void multiply(const float* rows, const float* panel,
+                                              int64_t depth, vec (&out)[ROWS][2]) {
   vec sums[ROWS][2] = {};  // not `out`, which might be what `rows` points to
   for (int64_t d = 0; d < depth; ++d) {
     const vec left = load(panel + d * COLUMNS), right = load(panel + d * COLUMNS + LANES);

@@ -67,13 +67,22 @@ struct Asked {
   int64_t most;
 };
 
-// The norm [batch, heads, most] of each query head.
+// A float's size as an integer, which orders as the floats do, infinities and NaN above all.
+inline int32_t size_of(float x) {
+  int32_t bits;
+  std::memcpy(&bits, &x, sizeof(bits));
+  return bits & 0x7fffffff;
+}
+
+// The norm [batch, heads, most] of each query head; if quadratic its square, NaN where a value is
+// not finite: by how many of the root's zeros an infinity is multiplied depends on the processor.
 template <bool quadratic, typename scalar, typename weights>
 void norms(const Values<scalar>& v, const Weight<weights>& w, const Asked& asked, float* out) {
   const int64_t blocks = (asked.most + BLOCK - 1) / BLOCK, depth = v.depth;
   #pragma omp parallel num_threads(v.threads)
   {
     std::vector<float> panels(depth * BLOCK), room(ROWS * depth), found(BLOCK);
+    std::vector<int32_t> largest(BLOCK);
     #pragma omp for schedule(dynamic, 1)
     for (int64_t task = 0; task < v.pairs() * blocks; ++task) {
       const int64_t pair = task / blocks, start = task % blocks * BLOCK;
@@ -84,12 +93,19 @@ void norms(const Values<scalar>& v, const Weight<weights>& w, const Asked& asked
         const int64_t at = start + i;
         const scalar* from = v.at(pair, asked.index ? asked.index[pair * asked.most + at] : at);
         float* to = &panels[i / COLUMNS * COLUMNS * depth + i % COLUMNS];
-        for (int64_t d = 0; d < depth; ++d) to[d * COLUMNS] = as_float(from[d * v.strides[3]]);
+        int32_t most = 0;
+        for (int64_t d = 0; d < depth; ++d) {
+          const float x = to[d * COLUMNS] = as_float(from[d * v.strides[3]]);
+          most = std::max(most, size_of(x));
+        }
+        largest[i] = most;
       }
       for (int64_t member = 0; member < v.groups; ++member) {
         const int64_t head = pair % v.kv_heads * v.groups + member;
         add_norms<quadratic>(w.data + head * w.stride_h, w.stride_d, w.stride_e, panels.data(),
                              count, depth, w.width, room.data(), found.data());
+        for (int64_t i = 0; quadratic && i < count; ++i)
+          if (largest[i] >= 0x7f800000) found[i] = NAN;
         std::copy_n(found.data(), count, out + (pair * v.groups + member) * asked.most + start);
       }
     }
@@ -133,13 +149,9 @@ void bounds(const Values<scalar>& v, const float* root, const float* lost, int64
   for (int64_t pair = 0; pair < v.pairs(); ++pair) {
     for (int64_t i = 0; i < v.kv_len; ++i) {
       const scalar* value = v.at(pair, i);
-      int32_t bits = 0;  // of sizes, which order as the floats do, NaN above all
-      for (int64_t d = 0; d < v.depth; ++d) {
-        const float x = as_float(value[d * v.strides[3]]);
-        int32_t size;
-        std::memcpy(&size, &x, sizeof(size));
-        bits = std::max(bits, size & 0x7fffffff);
-      }
+      int32_t bits = 0;
+      for (int64_t d = 0; d < v.depth; ++d)
+        bits = std::max(bits, size_of(as_float(value[d * v.strides[3]])));
       float largest;
       std::memcpy(&largest, &bits, sizeof(largest));
       for (int64_t member = 0; member < v.groups; ++member) {
@@ -347,10 +359,13 @@ def select_bounded(
         ``[B, Hkv, budget]`` int64, as :func:`ckv_compile.kernels.select.select`.
     """
     depth, strides = value.shape[3], torch.tensor(value.stride(), device="cpu")
-    # What float32 sums can lose of ||R v||, of ||v W|| and when R is made; of the largest number
-    # in v, as ||v|| is at most sqrt(Dv) times that.
-    rounding = 4 * depth**1.5 * torch.finfo(torch.float32).eps
-    lost = torch.linalg.vector_norm(root.view(heads, -1), dim=1) * rounding
+    # What float32 sums can lose of ||R v|| and ||v W||, and of R when it is made of E columns (from
+    # measured errors, with room); of the largest number in v, for ||v|| <= sqrt(Dv) times that.
+    width = weight.shape[1 if in_out else 0]
+    rounding = depth**0.5 * (4 * depth + width / 16) * torch.finfo(torch.float32).eps
+    # In float64, where squares of tiny numbers are none.
+    size = torch.linalg.vector_norm(root.view(heads, -1), dim=1, dtype=torch.float64)
+    lost = (size * rounding).float()
     operands = [
         None if x is None else x.contiguous() for x in (root, lost, base, real, row_budgets)
     ]

@@ -146,9 +146,9 @@ void scores(const Window<scalar>& w, const char* asked, const float* sinks, cons
   const int64_t tasks = batch * w.kv_heads * chunks;
   std::vector<float> largest(tasks * queries), sums(tasks * queries);
   std::vector<float> lse(batch * heads * padded), attention(batch * heads * w.kv_len);
-  const int64_t held_chunks = std::min(chunks, HELD / (batch * w.kv_heads * queries * CHUNK));
-  const std::unique_ptr<float[]> logits(
-      new float[batch * w.kv_heads * held_chunks * queries * CHUNK]);  // not set to zero
+  const int64_t chunk_size = batch * w.kv_heads * queries * CHUNK;
+  const int64_t held_chunks = std::min(chunks, HELD / std::max(chunk_size, int64_t{1}));
+  const std::unique_ptr<float[]> logits(new float[held_chunks * chunk_size]);  // not set to zero
   const auto held = [&](int64_t task) -> float* {
     const int64_t pair = task / chunks, chunk = task % chunks;
     if (chunk >= held_chunks) return nullptr;
@@ -273,7 +273,7 @@ def _library() -> Any:
 def takes(query: Tensor, key: Tensor, bias: Tensor | None) -> bool:
     """Whether the kernel is for these operands."""
     known = key.device.type == "cpu" and key.dtype in SUFFIX and query.dtype == key.dtype
-    return bias is None and known and _library() is not None
+    return bias is None and known and query.shape[2] > 0 and _library() is not None
 
 
 def scores(
