@@ -188,15 +188,6 @@ def _(weight: Tensor, in_out: bool, heads: int) -> Tensor:
     return weight.new_empty((features, features // heads), dtype=torch.float32)
 
 
-@torch.library.custom_op("ckv_compile::projected_norm", mutates_args=())
-def _projected_norm(
-    value: Tensor, weight: Tensor, in_out: bool, heads: int, quadratic: bool
-) -> Tensor:
-    # An op of ours, opaque to the compiler: Inductor does not fuse a reduction into a product and
-    # would write the whole [B, H, K, E] to memory first. Here only a block of it ever exists.
-    return _mean_norms(value, weight, in_out, heads, quadratic)
-
-
 def made_norm(value: Tensor, weight: Tensor, in_out: bool, heads: int, quadratic: bool) -> Tensor:
     """What :func:`projected_norm` makes of "l1" or, if ``quadratic``, "l2", at once: no op."""
     if quadratic:
@@ -209,6 +200,13 @@ def _mean_norms(value: Tensor, weight: Tensor, in_out: bool, heads: int, quadrat
         return cpu.mean_norms(value, weight, in_out, heads, quadratic)
     with torch.autocast(value.device.type, enabled=False):
         return _by_library_calls(value, weight, in_out, heads, quadratic)
+
+
+# An op of ours, opaque to the compiler: Inductor does not fuse a reduction into a product and would
+# write the whole [B, H, K, E] to memory first. Here only a block of it ever exists.
+_projected_norm = torch.library.custom_op(
+    "ckv_compile::projected_norm", _mean_norms, mutates_args=()
+)
 
 
 def _by_library_calls(

@@ -65,22 +65,6 @@ def select(
     return gpu.select(base, made, states, row_budgets, budget, window_size, ratio, epsilon)
 
 
-# An op of ours, opaque to the compiler: its top-k are library calls in any case, and traced they
-# are thirty nodes in each layer, with guards on the length, for nothing to fuse.
-@torch.library.custom_op("ckv_compile::select", mutates_args=())
-def _select(
-    base: Tensor,
-    norm: Tensor | None,
-    budget: int,
-    window_size: int,
-    ratio: list[int],
-    epsilon: float,
-    real: Tensor | None,
-    row_budgets: Tensor | None,
-) -> Tensor:
-    return _selected(base, norm, budget, window_size, ratio, epsilon, real, row_budgets)
-
-
 def _selected(
     base: Tensor,
     norm: Tensor | None,
@@ -98,6 +82,11 @@ def _selected(
         row_budgets = row_budgets.clamp(max=budget)
     options = (budget, window_size, ratio, real, row_budgets)
     return (cpu.choose if cpu.takes(base) else _chosen)(base, scores, *options)
+
+
+# An op of ours, opaque to the compiler: its top-k are library calls in any case, and traced they
+# are thirty nodes in each layer, with guards on the length, for nothing to fuse.
+_select = torch.library.custom_op("ckv_compile::select", _selected, mutates_args=())
 
 
 @torch.library.custom_op("ckv_compile::select_by_norm", mutates_args=())

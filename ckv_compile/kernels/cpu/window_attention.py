@@ -43,13 +43,14 @@ struct Window {
     const int64_t b = pair / kv_heads, count = groups * panels;
     const scalar* keys = key + b * strides[0] + pair % kv_heads * strides[1];
     const float* from = queries + pair * count * depth * COLUMNS;
+    const bool found = held && made;
     vec tile[ROWS][2];
     for (int64_t j = start; j < end; j += ROWS) {
       const int64_t some = std::min(ROWS, end - j);
-      if (!held || !made)
+      if (!found)
         copy_rows(keys + j * strides[2], strides[2], strides[3], some, depth, room);
       for (int64_t panel = 0; panel < count; ++panel) {
-        if (held && made) {
+        if (found) {
           std::memcpy(tile, held, sizeof(tile));
         } else {
           multiply(room, from + panel * depth * COLUMNS, depth, tile);
