@@ -159,7 +159,8 @@ def test_a_fixed_cache_under_the_unmodified_model_is_an_ordinary_one(half):
     steps = [step(tiny(), one) for one in (cache, plain) for _ in range(2)]
     assert torch.equal(steps[0], steps[2]) and torch.equal(steps[1], steps[3])
     assert cache.get_seq_length() == 92
-    assert torch.equal(step(half, cache), step(half, plain))
+    # Masked slots in one of them: some processors' sums then take another order.
+    torch.testing.assert_close(step(half, cache), step(half, plain), rtol=0, atol=1e-6)
 
 
 def test_rows_of_a_padded_batch_are_refused_by_the_unmodified_model(half):
