@@ -25,7 +25,14 @@ if TYPE_CHECKING:
 
 Model = TypeVar("Model", bound=nn.Module | ExportedProgram)
 # What only a running model has: an exported program is one graph, lowered elsewhere.
-_NOT_FOR_PROGRAMS = ("later_turns", "rewrite_gqa", "share_regions", "lowering", "mode")
+_NOT_FOR_PROGRAMS = (
+    "later_turns",
+    "rewrite_gqa",
+    "rewrite_products",
+    "share_regions",
+    "lowering",
+    "mode",
+)
 
 
 def optimize(
@@ -43,7 +50,8 @@ def optimize(
         budget: share, token count, expression or bytes, see :class:`ckv_compile.Budget`; 0.2 if
             none is given, which the first compile then says in the log.
         **options: the other fields of :class:`ckv_compile.EvictionConfig`; for a program not
-            ``later_turns``, ``rewrite_gqa``, ``share_regions``, ``lowering`` and ``mode``.
+            ``later_turns``, ``rewrite_gqa``, ``rewrite_products``, ``share_regions``, ``lowering``
+            and ``mode``.
             ``tokenizer`` is for ``method="fastgen"``, which takes no budget.
 
     Returns:

@@ -16,6 +16,7 @@ from .passes import vocabulary as vocab
 from .passes.axes import chain_above
 from .passes.insert import row_bytes
 from .passes.match import dotted, example_inputs_require_grad
+from .passes.matvec import spell_out_rows
 from .passes.pipeline import Rewritten, rewrite
 from .passes.regions import share_regions
 from .report import Report, Traced, report_of
@@ -107,7 +108,9 @@ def _lowered(
     # Not where gradients are asked for: that graph is not ours to change.
     if config.share_regions and not grad_enabled:
         log.info("%d stretches of layers share their code", share_regions(gm))
-    patches = {**_mode_patches(gm, config.mode), **_inductor_patches(gm)}
+    # A mode that looks for the fastest kernels looks for those of products, too.
+    rows = config.rewrite_products and config.mode == "default" and not grad_enabled
+    patches = {**_mode_patches(gm, config.mode), **_inductor_patches(gm, rows)}
     return compile_fx(gm, example_inputs, config_patches=patches)
 
 
@@ -125,31 +128,36 @@ def _mode_patches(gm: GraphModule, mode: str) -> dict[str, Any]:
     return options
 
 
-def _inductor_patches(gm: GraphModule) -> dict[str, Any]:
-    """Make Inductor's and AOTAutograd's caches know what our nodes compute.
+def _inductor_patches(gm: GraphModule, rows: bool) -> dict[str, Any]:
+    """Make Inductor's and AOTAutograd's caches know what our nodes compute, and spell out products.
 
     An inserted module is part of the cached graph by its name alone: without this, a changed body
     in a new process would be answered with the code of the old one.
+
+    Args:
+        rows: whether products of one row become loops, see ``passes/matvec.py``.
     """
     from torch._inductor import config as inductor_config
     from torch._inductor.custom_graph_pass import CustomGraphPass
 
-    class EvictionKey(CustomGraphPass):
-        """Changes nothing; its uuid is part of the cache key."""
+    class OurPass(CustomGraphPass):
+        """Its uuid is part of the cache key."""
 
         def __init__(self, key: str) -> None:
             self.key = key
 
         def __call__(self, graph: torch.fx.Graph) -> None:
-            return None
+            if rows:
+                spell_out_rows(graph)
 
         def uuid(self) -> str:
             return self.key
 
     bodies = [f"{name}: {m!r}" for name, m in gm.named_children() if name.startswith("ckv_")]
-    if not bodies:
+    if not bodies and not rows:
         return {}
-    mine = EvictionKey(hashlib.sha256("\n".join([source_digest(), *bodies]).encode()).hexdigest())
+    parts = [source_digest(), f"rows: {rows}", *bodies]
+    mine = OurPass(hashlib.sha256("\n".join(parts).encode()).hexdigest())
     theirs = inductor_config.post_grad_custom_pre_pass
     if theirs is None:
         return {"post_grad_custom_pre_pass": mine}

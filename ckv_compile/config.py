@@ -74,6 +74,9 @@ class EvictionConfig:
             Batches that pad the encoder's input keep theirs.
         rewrite_gqa: whether a decode step reads grouped K and V as they are, where the model would
             repeat them for every query head; the same numbers without a copy of the cache.
+        rewrite_products: whether Inductor generates the products of one row (a decode step of one
+            sequence) on a CPU in float32, where libraries read the weights slowly; sums in another
+            order. In the default mode alone.
         share_regions: whether Inductor compiles once what layers repeat between their attentions,
             and calls it for each; without it every layer is compiled for itself, which takes
             minutes longer for many layers.
@@ -105,6 +108,7 @@ class EvictionConfig:
     interval: int = 128
     cross_attention: bool = False
     rewrite_gqa: bool = True
+    rewrite_products: bool = True
     share_regions: bool = True
     lowering: str = "auto"
     mode: str = "default"
@@ -153,7 +157,7 @@ class EvictionConfig:
             )
         self._check_policies()
         self._check_bound()
-        for name in ("cross_attention", "rewrite_gqa", "share_regions"):
+        for name in ("cross_attention", "rewrite_gqa", "rewrite_products", "share_regions"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name}={getattr(self, name)!r}; it takes True or False")
         if not isinstance(self.budget, Budget):

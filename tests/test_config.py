@@ -89,6 +89,7 @@ REFUSED_VALUES: list[tuple[str, Any, type[Exception], str]] = [
     ("mode", "fast", ValueError, "'default', 'reduce-overhead'"),
     ("later_turns", "drop", ValueError, "'keep', 'evict'"),
     ("rewrite_gqa", 1, TypeError, "True or False"),
+    ("rewrite_products", None, TypeError, "True or False"),
     ("share_regions", "yes", TypeError, "True or False"),
 ]
 
@@ -326,7 +327,8 @@ def test_repr_names_every_option_and_no_address() -> None:
         "base='snapkv', allocation='uniform', safeguard=0.2, head_scores=None, "
         "recovery=None, token_kinds=None, "
         "later_turns='keep', max_entries=None, interval=128, cross_attention=False, "
-        "rewrite_gqa=True, share_regions=True, lowering='auto', mode='default')"
+        "rewrite_gqa=True, rewrite_products=True, share_regions=True, "
+        "lowering='auto', mode='default')"
     )
     assert repr(EvictionConfig(budget="0.2")) == repr(config)
     assert not re.search("0x", repr(EvictionConfig(budget="max(128, n/10)")))

@@ -75,7 +75,8 @@ class Candidate:
     @property
     def options(self) -> str:
         """All that decides what is kept, but for the budget."""
-        skipped = {"budget", "lowering", "mode", "later_turns", "rewrite_gqa", "share_regions"}
+        skipped = {"budget", "lowering", "mode", "later_turns"}
+        skipped |= {"rewrite_gqa", "rewrite_products", "share_regions"}
         skipped |= {"token_kinds"} if self.config.chooses_policies else {"recovery", "token_kinds"}
         fields = [f.name for f in dataclasses.fields(self.config) if f.name not in skipped]
         parts = [f"{name}={getattr(self.config, name)}" for name in fields]
