@@ -1,8 +1,8 @@
 """Products of one row with a matrix, spelled out for Inductor to write the loop.
 
-A decode step of one sequence multiplies one row with every weight of the model: reading these is all
-there is to do. The libraries that PyTorch calls for it on CPUs do so at a quarter to two thirds of the
-speed of a copy.
+A decode step of one sequence multiplies one row with every weight of the model: reading the weights
+is all there is to do. The libraries that PyTorch calls for it on CPUs do so at a quarter to two
+thirds of the speed of a copy.
 
 Inductor has a pass for it as well (``decompose_mm_pass``), for matrices of at most 2,048 x 2,048.
 """
