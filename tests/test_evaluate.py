@@ -237,6 +237,10 @@ def test_a_table_of_a_file_needs_no_model(tmp_path, capsys, monkeypatch):
             options = f"window_size=32, allocation={'adakv' if 'adakv' in name else 'uniform'}"
             made = answer(name, i, score if i else 0.0, loss=0.25)
             answers.append(dataclasses.replace(made, options=options, cache_bytes=3 * 2**20))
+    # Under policies heads keep what these say: no budget's time is theirs.
+    policed = [answer("fastgen", i, 0.0, loss=0.25) for i in range(3)]
+    options = {"options": "allocation=uniform", "budget": "recovery 0.95"}
+    answers[-3:-3] = [dataclasses.replace(one, **options) for one in policed]
     append_lines(results, map(dataclasses.asdict, answers))
     rows = [
         {"allocation": name, "budget": 0.2, "per_token_s": seconds}
@@ -249,8 +253,9 @@ def test_a_table_of_a_file_needs_no_model(tmp_path, capsys, monkeypatch):
     assert title == "single, 100 tokens, regular: 3 samples; full cache: 100 (44 to 100) 1.00"
     assert head.split(" | ")[1].strip() == "20 %, 3.0 MiB" and set(rule) <= set("|- ")
     assert [line.strip("| ").split() for line in lines] == [
-        ["snapkv", "|", "0", "(0", "to", "56)", "0.25", "|", "42.1"],
-        ["snapkv,", "adakv", "|", "67", "(21", "to", "94)", "0.25", "|", "63.4"],
+        ["snapkv", "|", "0", "(0", "to", "56)", "0.25", "|", "-", "|", "42.1"],
+        ["fastgen", "|", "-", "|", "0", "(0", "to", "56)", "0.25", "|", "-"],
+        ["snapkv,", "adakv", "|", "67", "(21", "to", "94)", "0.25", "|", "-", "|", "63.4"],
     ]
     packed = tmp_path / "all.jsonl.gz"
     packed.write_bytes(gzip.compress(results.read_bytes()))

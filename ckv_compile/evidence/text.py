@@ -95,6 +95,7 @@ def wide_table(
     cuts = [score for score in scores if score.allocation]
     budgets = sorted({score.budget for score in cuts}, key=str)
     seconds = {(row["allocation"], str(row["budget"])): row["per_token_s"] for row in timings}
+    timed = [budget for budget in budgets if str(budget) in {known for _, known in seconds}]
     parts = []
     for where in dict.fromkeys((score.task, score.length, score.setting) for score in cuts):
         here = [score for score in cuts if (score.task, score.length, score.setting) == where]
@@ -103,8 +104,9 @@ def wide_table(
             mine = {score.budget: score for score in here if score.method == method}
             row: dict[str, Any] = {"method": method.replace(":allocation=", ", ")}
             row |= {_head(budget, here): _wide_cell(mine.get(budget)) for budget in budgets}
-            times = [seconds.get((next(iter(mine.values())).allocation, str(b))) for b in budgets]
-            if any(times):
+            if timed:
+                where_kept = ((mine[b].allocation, str(b)) if b in mine else None for b in timed)
+                times = (seconds.get(one) if one else None for one in where_kept)
                 shown = ("-" if time is None else f"{1000 * time:.1f}" for time in times)
                 row["ms per token"] = " / ".join(shown)
             rows.append(row)
