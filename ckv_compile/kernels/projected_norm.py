@@ -150,11 +150,10 @@ def _gram_root(weight: Tensor, in_out: bool, heads: int) -> Tensor:
 
 def kept_root(weight: Tensor, in_out: bool, heads: int) -> Tensor:
     """What :func:`root_of` makes; kept, so not to be written to."""
-    # Kept for as long as the weight lives and is the same: it is made once for all prompts, but of
-    # a weight with adapters, which is a new one each time, in each (a quarter of a second for a
-    # layer of 8 billion parameters' models, on one core). A
+    # Kept for as long as the weight lives and is the same: it is made once for all prompts. A
     # write through `.data` (an adapter being merged) leaves the version as it was, so a sample of
-    # the numbers is compared as well.
+    # the numbers is compared as well. A weight with adapters is a new one in each call, and so is
+    # its root: a quarter of a second for a layer of a model of 8 billion parameters, on one core.
     if weight.is_inference():  # has no version
         return _unrounded(weight, in_out, heads)
     state = (weight._version, weight.data_ptr(), weight.stride(), in_out, heads)

@@ -96,7 +96,7 @@ void norms(const Values<scalar>& v, const Weight<weights>& w, const Asked& asked
         int32_t most = 0;
         for (int64_t d = 0; d < depth; ++d) {
           const float x = to[d * COLUMNS] = as_float(from[d * v.strides[3]]);
-          most = std::max(most, size_of(x));
+          if (quadratic) most = std::max(most, size_of(x));
         }
         largest[i] = most;
       }
@@ -156,8 +156,7 @@ void bounds(const Values<scalar>& v, const float* root, const float* lost, int64
       std::memcpy(&largest, &bits, sizeof(largest));
       for (int64_t member = 0; member < v.groups; ++member) {
         float& bound = each[(pair * v.groups + member) * v.kv_len + i];
-        bound = std::sqrt(bound) +
-                lost[pair % v.kv_heads * v.groups + member] * largest;
+        bound = std::sqrt(bound) + lost[pair % v.kv_heads * v.groups + member] * largest;
         // Squares of tiny numbers are zero, and these may not be.
         if (bound < 1e-15f && largest > 0.0f) bound = INFINITY;
         bound *= std::sqrt(1.002f * width);
