@@ -14,6 +14,7 @@ from torch.fx import GraphModule
 from .config import EvictionConfig
 from .passes import vocabulary as vocab
 from .passes.axes import chain_above
+from .passes.decode_attention import attend_few_queries
 from .passes.insert import row_bytes
 from .passes.match import dotted, example_inputs_require_grad
 from .passes.matvec import spell_out_rows
@@ -25,6 +26,7 @@ from .site import AttentionSite, Projection, Reason
 log = logging.getLogger("ckv_compile")
 
 Compiled = Callable[..., Any]
+LatePass = Callable[[torch.fx.Graph], int]
 
 
 def criticalkv(
@@ -108,9 +110,8 @@ def _lowered(
     # Not where gradients are asked for: that graph is not ours to change.
     if config.share_regions and not grad_enabled:
         log.info("%d stretches of layers share their code", share_regions(gm))
-    # A mode that looks for the fastest kernels looks for those of products, too.
-    rows = config.rewrite_products and config.mode == "default" and not grad_enabled
-    patches = {**_mode_patches(gm, config.mode), **_inductor_patches(gm, rows)}
+    late = () if grad_enabled else _late_passes(config)
+    patches = {**_mode_patches(gm, config.mode), **_inductor_patches(gm, late)}
     return compile_fx(gm, example_inputs, config_patches=patches)
 
 
@@ -128,14 +129,23 @@ def _mode_patches(gm: GraphModule, mode: str) -> dict[str, Any]:
     return options
 
 
-def _inductor_patches(gm: GraphModule, rows: bool) -> dict[str, Any]:
-    """Make Inductor's and AOTAutograd's caches know what our nodes compute, and spell out products.
+def _late_passes(config: EvictionConfig) -> tuple[LatePass, ...]:
+    """What is rewritten in ATen, just before Inductor lowers it."""
+    if not config.rewrite_products:
+        return ()
+    # A mode that looks for the fastest kernels looks for those of products, too.
+    rows = (spell_out_rows,) if config.mode == "default" else ()
+    return (attend_few_queries, *rows)
+
+
+def _inductor_patches(gm: GraphModule, late: Sequence[LatePass]) -> dict[str, Any]:
+    """Make Inductor's and AOTAutograd's caches know what our nodes compute, and run late passes.
 
     An inserted module is part of the cached graph by its name alone: without this, a changed body
     in a new process would be answered with the code of the old one.
 
     Args:
-        rows: whether products of one row become loops, see ``passes/matvec.py``.
+        late: what is called with the graph in ATen.
     """
     from torch._inductor import config as inductor_config
     from torch._inductor.custom_graph_pass import CustomGraphPass
@@ -147,16 +157,16 @@ def _inductor_patches(gm: GraphModule, rows: bool) -> dict[str, Any]:
             self.key = key
 
         def __call__(self, graph: torch.fx.Graph) -> None:
-            if rows:
-                spell_out_rows(graph)
+            for rewrite_late in late:
+                rewrite_late(graph)
 
         def uuid(self) -> str:
             return self.key
 
     bodies = [f"{name}: {m!r}" for name, m in gm.named_children() if name.startswith("ckv_")]
-    if not bodies and not rows:
+    if not bodies and not late:
         return {}
-    parts = [source_digest(), f"rows: {rows}", *bodies]
+    parts = [source_digest(), *(f"late: {one.__name__}" for one in late), *bodies]
     mine = OurPass(hashlib.sha256("\n".join(parts).encode()).hexdigest())
     theirs = inductor_config.post_grad_custom_pre_pass
     if theirs is None:

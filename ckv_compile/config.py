@@ -74,9 +74,9 @@ class EvictionConfig:
             Batches that pad the encoder's input keep theirs.
         rewrite_gqa: whether a decode step reads grouped K and V as they are, where the model would
             repeat them for every query head; the same numbers without a copy of the cache.
-        rewrite_products: whether Inductor generates the products of one row (a decode step of one
-            sequence) on a CPU in float32, where libraries read the weights slowly; sums in another
-            order. In the default mode alone.
+        rewrite_products: whether decode steps on a CPU read weights and cache in loops of our own,
+            where libraries read slowly; sums in another order. Inductor generates those over the
+            weights, for one sequence in float32 and in the default mode alone.
         share_regions: whether Inductor compiles once what layers repeat between their attentions,
             and calls it for each; without it every layer is compiled for itself, which takes
             minutes longer for many layers.

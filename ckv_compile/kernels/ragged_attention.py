@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .cpu import ragged_attention as cpu
+from .cpu import few_queries as cpu
 
 
 def ragged_attention(
@@ -81,10 +81,10 @@ def ragged_attention(
 def _prefix_attention(
     query: Tensor, key: Tensor, value: Tensor, cu_kv_lens: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """See :func:`ckv_compile.kernels.cpu.ragged_attention.attend`."""
+    """See :func:`ckv_compile.kernels.cpu.few_queries.attend_packed`."""
     query = query.float() * scale
     if query.device.type == "cpu" and cpu.takes(key, query.shape[1]):
-        return cpu.attend(query, key, value, cu_kv_lens)
+        return cpu.attend_packed(query, key, value, cu_kv_lens)
     out = query.new_zeros(*query.shape[:2], value.shape[1])
     lse = query.new_full(query.shape[:2], -math.inf)
     starts = cu_kv_lens.tolist()

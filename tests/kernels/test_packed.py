@@ -14,7 +14,7 @@ from strategies import DTYPES, SETTINGS, assert_attends_alike, ragged
 from torch import Tensor
 
 from ckv_compile.kernels import reference_packed as reference
-from ckv_compile.kernels.cpu import ragged_attention as cpp
+from ckv_compile.kernels.cpu import few_queries as cpp
 from ckv_compile.kernels.ragged_attention import ragged_attention
 from ckv_compile.methods import pack
 from ckv_compile.methods.allocation import ALLOCATIONS, Shares

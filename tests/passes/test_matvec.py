@@ -67,7 +67,7 @@ def test_scaled_sums_are_left_alone() -> None:
 
 
 @pytest.mark.parametrize("rewritten", [True, False])
-def test_a_decode_step_reads_weights_in_generated_loops(rewritten: bool) -> None:
+def test_a_decode_step_reads_weights_and_cache_in_loops_of_ours(rewritten: bool) -> None:
     """Prevents a pass that code shared by layers never sees, and an option that does nothing."""
     model = ckv_compile.optimize(tiny(), 0.5, lowering="inductor", rewrite_products=rewritten)
     plain = tiny()
@@ -75,6 +75,7 @@ def test_a_decode_step_reads_weights_in_generated_loops(rewritten: bool) -> None
         cache = model(input_ids=prompt(60)).past_key_values
         _, (code, *_) = run_and_get_code(model, input_ids=prompt(1), past_key_values=cache)
     assert ("extern_kernels.mm(" in code) == (not rewritten)
+    assert ("ckv_compile.decode_attention" in code) == rewritten
     ckv_compile.optimize(model, 1.0, lowering="inductor", rewrite_products=rewritten)
     ours, expected = (generated(one, prompt(40), steps=5).sequences for one in (model, plain))
     assert torch.equal(ours, expected)

@@ -1,0 +1,58 @@
+"""Attention of few queries over a cache, given to our kernel for it: see ``kernels/``."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch.fx import Graph, Node
+
+from ..kernels import decode_attention
+from .nodes import annotate, known, value_of
+
+_FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def attend_few_queries(graph: Graph) -> int:
+    """Replace in ATen, where few queries see the keys of their head; returns how many there were.
+
+    ::
+
+        flash_for_cpu(q [B, H, Q, D], k, v, attn_mask, scale)[0]
+        decode_attention(q, k, v, attn_mask, scale)
+
+    Only with as many heads in K and V, nothing causal and no dropout, and where nobody asks for the
+    logits' log-sum-exps.
+    """
+    found = 0
+    for node in graph.find_nodes(op="call_function", target=_FLASH):
+        read = [part for part in node.users if part.users]
+        if [part.args[1] for part in read] != [0] or not _is_for_us(node, read[0]):
+            continue
+        query, key, value = node.args[:3]
+        given = node.kwargs.get("scale")
+        scale = 1 / math.sqrt(value_of(query).shape[3]) if given is None else given
+        op = torch.ops.ckv_compile.decode_attention.default
+        with graph.inserting_before(node):
+            args = (query, key, value, node.kwargs.get("attn_mask"), scale)
+            made = graph.call_function(op, args)
+            annotate(made, op, read[0])
+        read[0].replace_all_uses_with(made)
+        for old in (*node.users, node):
+            graph.erase_node(old)
+        found += 1
+    return found
+
+
+def _is_for_us(node: Node, output: Node) -> bool:
+    dropout, is_causal = (*node.args[3:], 0.0, False)[:2]
+    if dropout or is_causal:
+        return False
+    query, key, value = map(value_of, node.args[:3])
+    alike = query.dtype in _DTYPES and query.dtype == key.dtype == value.dtype
+    few = known(query.shape[2] <= decode_attention.MOST_ROWS)
+    heads = known(query.shape[1] == key.shape[1])
+    # What follows was traced for the layout that this one has.
+    same = isinstance(query.shape[3], int) and value_of(output).is_contiguous()
+    return alike and few and heads and same
