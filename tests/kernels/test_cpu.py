@@ -272,9 +272,10 @@ def test_library_calls_give_the_same_without_a_compiler(
 def test_the_libraries_leave_tiny_numbers_alone() -> None:
     """Seen: flags with which GCC links a start-up that flushes them to zero for the process."""
     script = (
-        "import torch; from ckv_compile.kernels.cpu import projected_norm, ragged_attention as r, "
-        "select as s, window_attention as w; "
-        "assert all(m._library() for m in (projected_norm, r, s, w)); "
+        "import torch; from ckv_compile.kernels.cpu import few_queries, projected_norm, "
+        "select, window_attention; x = torch.ones(1); libraries = (select._library(), "
+        "projected_norm._library(x, x), few_queries._library(x.dtype), "
+        "window_attention._library(x.dtype)); assert all(libraries); "
         "x = torch.full((100,), 1e-40); assert (x * 0.5 > 0).all() and 2.0**-1074 * 1.0 > 0"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)

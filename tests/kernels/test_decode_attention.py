@@ -66,7 +66,7 @@ def operands(draw: st.DrawFn):
 @pytest.mark.parametrize("compiled", [True, False])
 def test_it_is_pytorchs(compiled: bool) -> None:
     """With the C++ kernel, and with the library that stands in where there is no compiler."""
-    assert cpp._library() is not None
+    assert cpp._library(torch.float32) is not None
 
     @SETTINGS
     @given(operands())

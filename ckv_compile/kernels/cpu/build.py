@@ -172,6 +172,20 @@ def library(source: str, what: str) -> Any:
         return None
 
 
+@functools.cache
+def source_for(source: str, **dtypes: torch.dtype) -> str:
+    """The source for these element types: nobody waits for those that a model does not have.
+
+    Kept, so that a call finds its library by the string itself.
+
+    Args:
+        dtypes: the type that stands for each upper-case name in the source.
+    """
+    for name, dtype in dtypes.items():
+        source = source.replace(name, SUFFIX[dtype])
+    return source
+
+
 def pointer(tensor: Tensor | None) -> ctypes.c_void_p:
     """To the tensor's first element; null for None."""
     return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())

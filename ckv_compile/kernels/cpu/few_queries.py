@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .build import PRELUDE, SUFFIX, TILES, library, pointer, sizes
+from .build import PRELUDE, SUFFIX, TILES, library, pointer, sizes, source_for
 
 # More query rows than these, and a library's matrix products are faster than these dot products:
 # than a loop of them over heads, and than PyTorch's attention.
@@ -25,6 +25,7 @@ _SOURCE = (
     PRELUDE
     + TILES
     + r"""
+using scalar = SCALAR;
 constexpr int64_t CHUNK = 256;
 // Keys or values that are read as floats at a time.
 constexpr int64_t BLOCK = LANES;
@@ -49,7 +50,6 @@ struct Mask {
 };
 
 // `count` entries as floats, `*stride` apart: in place, or copied to `room` [BLOCK][padded(size)].
-template <typename scalar>
 const float* block_of(const scalar* from, int64_t from_stride, int64_t count, int64_t size,
                       float* room, int64_t* stride) {
   *stride = padded(size);
@@ -141,14 +141,11 @@ struct Room {
 
 // One chunk of keys of one head: the largest logit, the sum of weights and the weighted values of
 // every query row.
-template <typename query_t, typename scalar>
-void attend(const query_t* query, float scale, const scalar* key, const scalar* value,
-            int64_t length, const Shape& shape, Mask mask, Room& room, float* largest, float* sum,
-            float* out) {
+void attend(const float* query, const scalar* key, const scalar* value, int64_t length,
+            const Shape& shape, Mask mask, Room& room, float* largest, float* sum, float* out) {
   const int64_t rows = shape.rows, width = padded(shape.head_dim);
   for (int64_t r = 0; r < rows; ++r)
-    for (int64_t d = 0; d < shape.head_dim; ++d)
-      room.query[r * width + d] = as_float(query[r * shape.head_dim + d]) * scale;
+    std::copy_n(query + r * shape.head_dim, shape.head_dim, &room.query[r * width]);
   int64_t stride;
   // What stands behind an entry, or behind the last one, is multiplied too.
   std::fill(room.block.begin(), room.block.end(), 0.0f);
@@ -198,9 +195,9 @@ void attend(const query_t* query, float scale, const scalar* key, const scalar* 
     std::copy_n(&room.sums[r * out_width], shape.value_dim, out + r * shape.value_dim);
 }
 
-// Attention of the rows [rows][head_dim] of each head; `lse` is null or [heads][rows].
-template <typename query_t, typename scalar>
-void attention(const query_t* query, float scale, const scalar* key, const scalar* value,
+// Attention of the rows [rows][head_dim] of each head, times the scale; `lse` is null or
+// [heads][rows].
+void attention(const float* query, const scalar* key, const scalar* value,
                const std::vector<Head>& heads, const Shape& shape, Mask mask, int64_t threads,
                float* out, float* lse) {
   const int64_t rows = shape.rows, value_dim = shape.value_dim, count = heads.size();
@@ -223,7 +220,7 @@ void attention(const query_t* query, float scale, const scalar* key, const scala
       const int64_t start = (c - chunks[h]) * chunk;
       const Head& head = heads[h];
       const float* added = mask.data ? mask.data + head.mask + start : nullptr;
-      attend(query + h * rows * shape.head_dim, scale, key + head.key + start * shape.key_stride,
+      attend(query + h * rows * shape.head_dim, key + head.key + start * shape.key_stride,
              value + head.value + start * shape.value_stride,
              std::min(head.length - start, chunk), shape, {added, mask.stride}, room,
              &largest[c * rows], &sums[c * rows], &parts[c * rows * value_dim]);
@@ -250,19 +247,6 @@ void attention(const query_t* query, float scale, const scalar* key, const scala
   }
 }
 
-template <typename scalar>
-void packed(const float* query, const scalar* key, const scalar* value, const int32_t* cu_kv_lens,
-            int64_t count, int64_t rows, int64_t head_dim, int64_t value_dim, int64_t threads,
-            float* out, float* lse) {
-  std::vector<Head> heads(count);
-  for (int64_t h = 0; h < count; ++h) {
-    const int64_t start = cu_kv_lens[h], end = cu_kv_lens[h + 1];
-    heads[h] = {start * head_dim, start * value_dim, end - start, 0};
-  }
-  const Shape shape = {rows, head_dim, value_dim, head_dim, value_dim};
-  attention(query, 1.0f, key, value, heads, shape, {nullptr, 0}, threads, out, lse);
-}
-
 // Heads of one length, as tensors have them; strides in elements.
 struct Dense {
   int64_t batch, heads, rows, length, head_dim, value_dim;
@@ -270,9 +254,26 @@ struct Dense {
   int64_t mask_batch, mask_head, mask_row, threads;
 };
 
-template <typename scalar>
-void dense(const scalar* query, double scale, const scalar* key, const scalar* value,
-           const float* mask, const Dense& n, float* out) {
+}  // namespace
+
+extern "C" void attend_packed(const float* query, const scalar* key, const scalar* value,
+                              const int32_t* cu_kv_lens, int64_t count, int64_t rows,
+                              int64_t head_dim, int64_t value_dim, int64_t threads, float* out,
+                              float* lse) {
+  std::vector<Head> heads(count);
+  for (int64_t h = 0; h < count; ++h) {
+    const int64_t start = cu_kv_lens[h], end = cu_kv_lens[h + 1];
+    heads[h] = {start * head_dim, start * value_dim, end - start, 0};
+  }
+  const Shape shape = {rows, head_dim, value_dim, head_dim, value_dim};
+  attention(query, key, value, heads, shape, {nullptr, 0}, threads, out, lse);
+}
+
+extern "C" void attend_dense(const scalar* query, double scale, const scalar* key,
+                             const scalar* value, const float* mask, const Dense* sizes,
+                             float* out) {
+  const Dense& n = *sizes;
+  const float factor = scale;
   std::vector<Head> heads(n.batch * n.heads);
   for (int64_t b = 0; b < n.batch; ++b)
     for (int64_t h = 0; h < n.heads; ++h)
@@ -280,46 +281,29 @@ void dense(const scalar* query, double scale, const scalar* key, const scalar* v
                                 b * n.value_batch + h * n.value_head, n.length,
                                 b * n.mask_batch + h * n.mask_head};
   const Shape shape = {n.rows, n.head_dim, n.value_dim, n.key_entry, n.value_entry};
-  attention(query, scale, key, value, heads, shape, {mask, n.mask_row}, n.threads, out, nullptr);
+  std::vector<float> scaled(heads.size() * n.rows * n.head_dim);
+  for (size_t i = 0; i < scaled.size(); ++i) scaled[i] = as_float(query[i]) * factor;
+  attention(scaled.data(), key, value, heads, shape, {mask, n.mask_row}, n.threads, out, nullptr);
 }
-
-}  // namespace
-
-#define EXPORT(scalar)                                                                            \
-  extern "C" void packed_##scalar(                                                                \
-      const float* query, const void* key, const void* value, const int32_t* cu_kv_lens,          \
-      int64_t heads, int64_t rows, int64_t head_dim, int64_t value_dim, int64_t threads,          \
-      float* out, float* lse) {                                                                   \
-    packed(query, static_cast<const scalar*>(key), static_cast<const scalar*>(value), cu_kv_lens, \
-           heads, rows, head_dim, value_dim, threads, out, lse);                                  \
-  }                                                                                               \
-  extern "C" void dense_##scalar(const void* query, double scale, const void* key,                \
-                                 const void* value, const float* mask, const Dense* sizes,        \
-                                 float* out) {                                                    \
-    dense(static_cast<const scalar*>(query), scale, static_cast<const scalar*>(key),              \
-          static_cast<const scalar*>(value), mask, *sizes, out);                                  \
-  }
-EXPORT(float)
-EXPORT(bfloat16)
-EXPORT(half)
 """
 )
 
 
-def _library() -> Any:
-    return library(_SOURCE, "attention of few queries, which then loops over heads")
+def _library(dtype: torch.dtype) -> Any:
+    source = source_for(_SOURCE, SCALAR=dtype)
+    return library(source, "attention of few queries, which then loops over heads")
 
 
 def takes(key: Tensor, rows: int) -> bool:
     """Whether :func:`attend_packed` is for these operands."""
-    return rows <= MOST_ROWS and key.dtype in SUFFIX and _library() is not None
+    return rows <= MOST_ROWS and key.dtype in SUFFIX and _library(key.dtype) is not None
 
 
 def takes_dense(key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
     """Whether :func:`attend_dense` is for these operands."""
     rows_apart = key.stride(-1) == 1 and value.stride(-1) == 1
     plain = mask is None or (mask.dtype == torch.float32 and mask.stride(-1) == 1)
-    return rows_apart and plain and key.dtype in SUFFIX and _library() is not None
+    return rows_apart and plain and key.dtype in SUFFIX and _library(key.dtype) is not None
 
 
 def attend_packed(
@@ -341,8 +325,7 @@ def attend_packed(
     cu_kv_lens = cu_kv_lens.contiguous()
     out = query.new_empty(heads, rows, value.shape[1])
     lse = query.new_empty(heads, rows)
-    run = getattr(_library(), f"packed_{SUFFIX[key.dtype]}")
-    run(
+    _library(key.dtype).attend_packed(
         *map(pointer, (query, key, value, cu_kv_lens)),
         *sizes(heads, rows, head_dim, value.shape[1], torch.get_num_threads()),
         *map(pointer, (out, lse)),
@@ -375,8 +358,7 @@ def attend_dense(
         seen = mask.expand(batch, heads, rows, kv_len).stride()[:3]
     numbers = (batch, heads, rows, kv_len, head_dim, value_dim)
     strides = (*key.stride()[:3], *value.stride()[:3], *seen)
-    run = getattr(_library(), f"dense_{SUFFIX[key.dtype]}")
-    run(
+    _library(key.dtype).attend_dense(
         pointer(query),
         ctypes.c_double(scale),
         *map(pointer, (key, value, mask)),

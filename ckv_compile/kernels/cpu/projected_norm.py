@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .build import PRELUDE, SUFFIX, TILES, library, pointer, sizes
+from .build import PRELUDE, SUFFIX, TILES, library, pointer, sizes, source_for
 from .select import SELECTION
 
 _NORMS = r"""
@@ -262,45 +262,42 @@ int64_t select_bounded(const Selection& s, const Values<scalar>& v, const Weight
 
 }  // namespace
 
-#define EXPORT(scalar, weights)                                                                   \
-  extern "C" void mean_norms_##scalar##_##weights(                                                \
-      const void* value, const int64_t* strides, const void* weight, const int64_t* counts,       \
-      int64_t stride_h, int64_t stride_d, int64_t stride_e, int64_t width, int64_t batch,        \
-      int64_t kv_heads, int64_t groups, int64_t kv_len, int64_t depth, int64_t threads,          \
-      int64_t quadratic, float* out) {                                                            \
-    const Values<scalar> v{static_cast<const scalar*>(value), strides, batch, kv_heads, groups,   \
-                           kv_len, depth, threads};                                               \
-    const Weight<weights> w{static_cast<const weights*>(weight), stride_h, stride_d, stride_e,    \
-                            width};                                                               \
-    const Asked asked{nullptr, counts, kv_len};                                                   \
-    quadratic ? mean_norms<true>(v, w, asked, out) : mean_norms<false>(v, w, asked, out);         \
-  }                                                                                               \
-  extern "C" int64_t select_bounded_##scalar##_##weights(                                         \
-      const void* value, const int64_t* strides, const void* weight, const float* root,           \
-      const float* lost, const float* base, const bool* real, const int64_t* row_budgets,         \
-      int64_t stride_h, int64_t stride_d, int64_t stride_e, int64_t width, int64_t batch,        \
-      int64_t kv_heads, int64_t groups, int64_t kv_len, int64_t depth, int64_t threads,           \
-      int64_t budget, int64_t window, int64_t numerator, int64_t denominator, float epsilon,      \
-      int64_t* out) {                                                                             \
-    const Values<scalar> v{static_cast<const scalar*>(value), strides, batch, kv_heads, groups,   \
-                           kv_len, depth, threads};                                               \
-    const Weight<weights> w{static_cast<const weights*>(weight), stride_h, stride_d, stride_e,    \
-                            width};                                                               \
-    const Selection s{base,   real,   row_budgets, kv_heads,    kv_len,                           \
-                      budget, window, numerator,   denominator};                                  \
-    return select_bounded(s, v, w, root, lost, epsilon, out);                                     \
-  }
-EXPORT(float, float)
-EXPORT(bfloat16, float)
-EXPORT(half, float)
-EXPORT(bfloat16, bfloat16)
-EXPORT(half, half)
+using scalar = SCALAR;
+using weights = WEIGHTS;
+
+extern "C" void mean_norms_of(const scalar* value, const int64_t* strides, const weights* weight,
+                              const int64_t* counts, int64_t stride_h, int64_t stride_d,
+                              int64_t stride_e, int64_t width, int64_t batch, int64_t kv_heads,
+                              int64_t groups, int64_t kv_len, int64_t depth, int64_t threads,
+                              int64_t quadratic, float* out) {
+  const Values<scalar> v{value, strides, batch, kv_heads, groups, kv_len, depth, threads};
+  const Weight<weights> w{weight, stride_h, stride_d, stride_e, width};
+  const Asked asked{nullptr, counts, kv_len};
+  quadratic ? mean_norms<true>(v, w, asked, out) : mean_norms<false>(v, w, asked, out);
+}
+
+extern "C" int64_t select_bounded_by(
+    const scalar* value, const int64_t* strides, const weights* weight, const float* root,
+    const float* lost, const float* base, const bool* real, const int64_t* row_budgets,
+    int64_t stride_h, int64_t stride_d, int64_t stride_e, int64_t width, int64_t batch,
+    int64_t kv_heads, int64_t groups, int64_t kv_len, int64_t depth, int64_t threads,
+    int64_t budget, int64_t window, int64_t numerator, int64_t denominator, float epsilon,
+    int64_t* out) {
+  const Values<scalar> v{value, strides, batch, kv_heads, groups, kv_len, depth, threads};
+  const Weight<weights> w{weight, stride_h, stride_d, stride_e, width};
+  const Selection s{base,   real,   row_budgets, kv_heads,    kv_len,
+                    budget, window, numerator,   denominator};
+  return select_bounded(s, v, w, root, lost, epsilon, out);
+}
 """
 
 
-def _library() -> Any:
-    # One library: its norms then agree to the bit with those of the selection.
-    source = PRELUDE + TILES + SELECTION + _NORMS + _BOUNDED
+# One library: its norms then agree to the bit with those of the selection.
+_SOURCE = PRELUDE + TILES + SELECTION + _NORMS + _BOUNDED
+
+
+def _library(value: Tensor, weight: Tensor) -> Any:
+    source = source_for(_SOURCE, SCALAR=value.dtype, WEIGHTS=weight.dtype)
     return library(source, "projected norms, which are then made by library calls")
 
 
@@ -308,7 +305,7 @@ def takes(value: Tensor, weight: Tensor) -> bool:
     """Whether the kernel is for these operands."""
     known = value.dtype in SUFFIX and weight.dtype in (torch.float32, value.dtype)
     known = known and value.device.type == "cpu"
-    return known and _library() is not None
+    return known and _library(value, weight) is not None
 
 
 def mean_norms(value: Tensor, weight: Tensor, in_out: bool, heads: int, quadratic: bool) -> Tensor:
@@ -326,7 +323,7 @@ def mean_norms(value: Tensor, weight: Tensor, in_out: bool, heads: int, quadrati
     (batch, kv_heads, kv_len, _), strides = value.shape, torch.tensor(value.stride(), device="cpu")
     out = value.new_empty((batch, kv_heads, kv_len), dtype=torch.float32)
     counts = value.new_full((batch * kv_heads,), kv_len, dtype=torch.int64)
-    _entry("mean_norms", value, weight)(
+    _library(value, weight).mean_norms_of(
         *map(pointer, (value, strides, weight, counts)),
         *sizes(*_sizes(value, weight, in_out, heads, quadratic), quadratic),
         pointer(out),
@@ -369,7 +366,7 @@ def select_bounded(
         None if x is None else x.contiguous() for x in (root, lost, base, real, row_budgets)
     ]
     out = base.new_empty((*base.shape[:2], budget), dtype=torch.int64)
-    run = _entry("select_bounded", value, weight)
+    run = _library(value, weight).select_bounded_by
     run.restype = ctypes.c_int64
     made = run(
         *map(pointer, (value, strides, weight, *operands)),
@@ -378,10 +375,6 @@ def select_bounded(
         pointer(out),
     )
     return out, made
-
-
-def _entry(name: str, value: Tensor, weight: Tensor) -> Any:
-    return getattr(_library(), f"{name}_{SUFFIX[value.dtype]}_{SUFFIX[weight.dtype]}")
 
 
 def _sizes(

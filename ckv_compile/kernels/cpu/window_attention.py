@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .build import PRELUDE, SUFFIX, TILES, library, pointer, sizes
+from .build import PRELUDE, SUFFIX, TILES, library, pointer, sizes, source_for
 
 _SOURCE = (
     PRELUDE
@@ -243,38 +243,34 @@ void scores(const Window<scalar>& w, const char* asked, const float* sinks, cons
 
 }  // namespace
 
-#define EXPORT(scalar)                                                                            \
-  extern "C" void scores_##scalar(                                                                \
-      const void* query, const int64_t* query_strides, const void* key, const int64_t* strides,   \
-      const bool* real, const float* sinks, int64_t batch, int64_t kv_heads, int64_t groups,      \
-      int64_t q_len, int64_t kv_len, int64_t depth, int64_t window, int64_t kernel,               \
-      int64_t causal, int64_t threads, float scale, float softcap, float* out) {                  \
-    const Asked a(static_cast<const scalar*>(query), query_strides, real, batch,                  \
-                  kv_heads * groups, q_len, kv_len, depth, window, scale, causal);                \
-    const Window<scalar> w{a.queries.data(),    static_cast<const scalar*>(key),                  \
-                           strides,             a.last_seen.data(),                               \
-                           a.least_seen.data(), real,                                             \
-                           kv_heads,            groups,                                           \
-                           a.panels,            depth,                                            \
-                           kv_len,              softcap};                                         \
-    scores(w, a.asked.data(), sinks, causal ? a.prefix.data() : nullptr, batch, kernel, threads,  \
-           out);                                                                                  \
-  }
-EXPORT(float)
-EXPORT(bfloat16)
-EXPORT(half)
+using scalar = SCALAR;
+
+extern "C" void window_scores(const scalar* query, const int64_t* query_strides,
+                              const scalar* key, const int64_t* strides, const bool* real,
+                              const float* sinks, int64_t batch, int64_t kv_heads, int64_t groups,
+                              int64_t q_len, int64_t kv_len, int64_t depth, int64_t window,
+                              int64_t kernel, int64_t causal, int64_t threads, float scale,
+                              float softcap, float* out) {
+  const Asked a(query, query_strides, real, batch, kv_heads * groups, q_len, kv_len, depth, window,
+                scale, causal);
+  const Window<scalar> w{a.queries.data(),    key,      strides,  a.last_seen.data(),
+                         a.least_seen.data(), real,     kv_heads, groups,
+                         a.panels,            depth,    kv_len,   softcap};
+  scores(w, a.asked.data(), sinks, causal ? a.prefix.data() : nullptr, batch, kernel, threads, out);
+}
 """
 )
 
 
-def _library() -> Any:
-    return library(_SOURCE, "the window's attention, which is then made by library calls")
+def _library(dtype: torch.dtype) -> Any:
+    source = source_for(_SOURCE, SCALAR=dtype)
+    return library(source, "the window's attention, which is then made by library calls")
 
 
 def takes(query: Tensor, key: Tensor, bias: Tensor | None) -> bool:
     """Whether the kernel is for these operands."""
     known = key.device.type == "cpu" and key.dtype in SUFFIX and query.dtype == key.dtype
-    return bias is None and known and query.shape[2] > 0 and _library() is not None
+    return bias is None and known and query.shape[2] > 0 and _library(key.dtype) is not None
 
 
 def scores(
@@ -303,7 +299,7 @@ def scores(
     sinks = None if sinks is None else sinks.float().contiguous()
     out = key.new_empty((batch, kv_heads, kv_len), dtype=torch.float32)
     lengths = (batch, kv_heads, heads // kv_heads, q_len, kv_len, depth, window_size, kernel_size)
-    getattr(_library(), f"scores_{SUFFIX[key.dtype]}")(
+    _library(key.dtype).window_scores(
         *map(pointer, (query, query_strides, key, key_strides, real, sinks)),
         *sizes(*lengths, causal, torch.get_num_threads()),
         ctypes.c_float(scale),
