@@ -28,7 +28,7 @@ test-slow: .venv/.smollm2  ## run the slow tests, minutes each
 coverage-models: venv  ## check every architecture of transformers (hours), write docs/coverage.md
 	$(BIN)/python -m ckv_compile coverage --results docs/coverage.jsonl --page docs/coverage.md $(ARGS)
 
-BENCHMARKS := projected_norm attention node decode ragged memory lowerings
+BENCHMARKS := projected_norm attention ceiling node decode ragged memory lowerings
 bench: .venv/.smollm2  ## time and weigh kernels, nodes and models (an hour); BENCHMARKS="node" ARGS=--quick
 	set -e; for name in $(BENCHMARKS); do $(BIN)/python benchmarks/$$name.py $(ARGS); done
 

@@ -56,7 +56,8 @@ def operands(draw: st.DrawFn):
     mask = None
     if draw(st.booleans()):
         sizes = (draw(st.sampled_from([1, whole])) for whole in (batch, heads, rows))
-        mask = torch.randn(*sizes, kv_len, generator=generator).to(dtype)
+        mask = torch.randn(*sizes, draw(st.sampled_from([1, kv_len, kv_len])), generator=generator)
+        mask = mask.to(dtype)
         hidden = draw(st.sampled_from([0.0, 0.5, 1.0]))
         lowest = draw(st.sampled_from([-math.inf, torch.finfo(dtype).min]))
         mask[torch.rand(mask.shape, generator=generator) < hidden] = lowest

@@ -301,9 +301,11 @@ def takes(key: Tensor, rows: int) -> bool:
 
 def takes_dense(key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
     """Whether :func:`attend_dense` is for these operands."""
-    rows_apart = key.stride(-1) == 1 and value.stride(-1) == 1
-    plain = mask is None or (mask.dtype == torch.float32 and mask.stride(-1) == 1)
-    return rows_apart and plain and key.dtype in SUFFIX and _library(key.dtype) is not None
+    plain = key.stride(3) == 1 and value.stride(3) == 1
+    if mask is not None:
+        plain &= mask.dtype == torch.float32 and mask.stride(-1) == 1
+        plain &= mask.shape[-1] == key.shape[2]
+    return plain and key.dtype in SUFFIX and _library(key.dtype) is not None
 
 
 def attend_packed(
@@ -343,7 +345,7 @@ def attend_dense(
         key, value: ``[B, H, K, D]`` and ``[B, H, K, Dv]``, float32, bfloat16 or float16, the last
             dimension contiguous.
         mask: added to the logits, float32, broadcasts to ``[B, H, rows, K]``, the last dimension
-            contiguous.
+            K and contiguous.
         scale: of the logits.
 
     Returns:
