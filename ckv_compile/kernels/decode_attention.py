@@ -24,10 +24,11 @@ def _decode_attention(
     Returns:
         ``[B, H, Q, Dv]`` in the query's dtype, contiguous; computed in float32.
     """
-    seen = mask if mask is None else mask.float()
-    if cpu.takes_dense(key, value, seen):
+    if cpu.takes_dense(query, key, value, mask):
+        seen = mask if mask is None else mask.float()
         return cpu.attend_dense(query, key, value, seen, scale).to(query.dtype)
-    return F.scaled_dot_product_attention(query, key, value, mask, scale=scale).contiguous()
+    made = F.scaled_dot_product_attention(query, key, value, mask, scale=scale)
+    return made.to(query.dtype).contiguous()
 
 
 # Not torch.library.custom_op, which takes as long for a call as a short cache does to be read.

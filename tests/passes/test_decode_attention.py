@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import ckv_compile
+from ckv_compile.kernels.cpu import few_queries as cpp
 from ckv_compile.passes.decode_attention import attend_few_queries
 
 QUERY, KEY, VALUE = torch.randn(2, 4, 1, 16), *torch.randn(2, 2, 4, 40, 16)
@@ -53,6 +55,11 @@ def turned(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(query.transpose(1, 2), key, value)
 
 
+def transposed(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Keys as some models store them, [B, H, D, K]."""
+    return F.scaled_dot_product_attention(query, key.mT.contiguous().mT, value)
+
+
 def with_sums(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value)
 
@@ -68,15 +75,38 @@ def causal(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         (F.scaled_dot_product_attention, torch.randn(2, 4, 9, 16), 4),
         (F.scaled_dot_product_attention, QUERY.double(), 4),
         (turned, torch.randn(2, 3, 4, 16), 4),
+        (transposed, QUERY, 4),
         (with_sums, QUERY, 4),
         (causal, QUERY, 4),
         (lambda *qkv: F.scaled_dot_product_attention(*qkv, enable_gqa=True), QUERY, 2),
     ],
-    ids=["nine queries", "float64", "another layout", "log-sum-exps", "causal", "grouped"],
+    ids=[
+        "nine queries",
+        "float64",
+        "another layout",
+        "transposed keys",
+        "log-sum-exps",
+        "causal",
+        "grouped",
+    ],
 )
 def test_others_are_left_to_pytorch(call, query, heads) -> None:
     operands = query, *(one[:, :heads].to(query.dtype) for one in (KEY, VALUE))
     assert rewritten(call, *operands)[1] == 0
+
+
+def test_inductor_keeps_the_layout_of_the_operands() -> None:
+    """Seen: it left out a copy that makes keys contiguous, and the kernel is not for others."""
+    key = torch.randn(2, 4, 16, 50)
+
+    def call(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(query, (key.mT + 1).contiguous(), value)
+
+    operands = torch.randn(2, 4, 1, 16), key, torch.randn(2, 4, 50, 16)
+    compiled = torch.compile(call, backend="criticalkv", options={"budget": 1.0})
+    with torch.no_grad(), mock.patch.object(cpp, "attend_dense", wraps=cpp.attend_dense) as asked:
+        torch.testing.assert_close(compiled(*operands), call(*operands))
+    assert asked.called
 
 
 def test_decode_steps_of_padded_batches_attend_by_the_kernel() -> None:

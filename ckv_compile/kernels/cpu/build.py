@@ -149,7 +149,7 @@ inline vec exp_of_negative(vec x) {
 
 @functools.cache
 def library(source: str, what: str) -> Any:
-    """The compiled ``source``; None, said once in the log, where no C++ compiler takes it.
+    """The compiled ``source``; None, said in the log once for each, where no compiler takes it.
 
     Args:
         what: the kernel, and what is done in its place, for people.

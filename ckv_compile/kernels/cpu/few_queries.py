@@ -291,7 +291,7 @@ extern "C" void attend_dense(const scalar* query, double scale, const scalar* ke
 
 def _library(dtype: torch.dtype) -> Any:
     source = source_for(_SOURCE, SCALAR=dtype)
-    return library(source, "attention of few queries, which then loops over heads")
+    return library(source, "attention of few queries, which is then made by library calls")
 
 
 def takes(key: Tensor, rows: int) -> bool:
@@ -299,11 +299,11 @@ def takes(key: Tensor, rows: int) -> bool:
     return rows <= MOST_ROWS and key.dtype in SUFFIX and _library(key.dtype) is not None
 
 
-def takes_dense(key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
-    """Whether :func:`attend_dense` is for these operands."""
-    plain = key.stride(3) == 1 and value.stride(3) == 1
+def takes_dense(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
+    """Whether :func:`attend_dense` is for these operands, and the mask once it is float32."""
+    plain = query.dtype == key.dtype == value.dtype and key.stride(3) == 1 == value.stride(3)
     if mask is not None:
-        plain &= mask.dtype == torch.float32 and mask.stride(-1) == 1
+        plain &= mask.is_floating_point() and mask.stride(-1) == 1
         plain &= mask.shape[-1] == key.shape[2]
     return plain and key.dtype in SUFFIX and _library(key.dtype) is not None
 
@@ -354,7 +354,7 @@ def attend_dense(
     batch, heads, rows, head_dim = query.shape
     kv_len, value_dim = value.shape[2:]
     query = query.contiguous()
-    out = torch.empty((batch, heads, rows, value_dim), dtype=torch.float32)
+    out = query.new_empty((batch, heads, rows, value_dim), dtype=torch.float32)
     seen = (0, 0, 0)
     if mask is not None:
         seen = mask.expand(batch, heads, rows, kv_len).stride()[:3]
