@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .cpu import few_queries as cpu
+from .cpu.build import SUFFIX
 
-MOST_ROWS = cpu.MOST_ROWS_DENSE
+MOST_ROWS, DTYPES = cpu.MOST_ROWS_DENSE, tuple(SUFFIX)
 
 
 def _decode_attention(

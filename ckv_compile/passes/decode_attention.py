@@ -12,7 +12,6 @@ from ..kernels import decode_attention
 from .nodes import annotate, argument, known, value_of
 
 _FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def attend_few_queries(graph: Graph) -> int:
@@ -53,7 +52,7 @@ def _is_for_us(node: Node, output: Node) -> bool:
         return False
     query, key, value = map(value_of, node.args[:3])
     mask = value_of(node.kwargs.get("attn_mask"))
-    alike = query.dtype in _DTYPES and query.dtype == key.dtype == value.dtype
+    alike = query.dtype in decode_attention.DTYPES and query.dtype == key.dtype == value.dtype
     few = known(query.shape[2] <= decode_attention.MOST_ROWS)
     heads = known(query.shape[1] == key.shape[1])
     plain = all(known(one.stride(-1) == 1) for one in (key, value, mask) if one is not None)

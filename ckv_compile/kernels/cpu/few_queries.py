@@ -127,6 +127,21 @@ void by_rows(int64_t rows, const function& f) {
   if (rows - r == 1) f(std::integral_constant<int64_t, 1>(), r);
 }
 
+// Calls f(some, row, block, stride, j, count) for all rows and blocks of entries: those from j on.
+template <typename function>
+void by_blocks(const scalar* from, int64_t from_stride, int64_t length, int64_t size, int64_t rows,
+               std::vector<float>& room, const function& f) {
+  // What stands behind an entry, or behind the last one, is multiplied too.
+  std::fill(room.begin(), room.end(), 0.0f);
+  int64_t stride;
+  for (int64_t j = 0; j < length; j += BLOCK) {
+    const int64_t count = std::min(BLOCK, length - j);
+    const float* block =
+        block_of(from + j * from_stride, from_stride, count, size, room.data(), &stride);
+    by_rows(rows, [&](auto some, int64_t r) { f(some, r, block, stride, j, count); });
+  }
+}
+
 // What is subtracted from logits: where a mask hides all of them, the weights are zero, not NaN.
 inline float finite_or_zero(float largest) { return largest > -INFINITY ? largest : 0.0f; }
 
@@ -146,18 +161,11 @@ void attend(const float* query, const scalar* key, const scalar* value, int64_t 
   const int64_t rows = shape.rows, width = padded(shape.head_dim);
   for (int64_t r = 0; r < rows; ++r)
     std::copy_n(query + r * shape.head_dim, shape.head_dim, &room.query[r * width]);
-  int64_t stride;
-  // What stands behind an entry, or behind the last one, is multiplied too.
-  std::fill(room.block.begin(), room.block.end(), 0.0f);
-  for (int64_t j = 0; j < length; j += BLOCK) {
-    const int64_t count = std::min(BLOCK, length - j);
-    const float* keys = block_of(key + j * shape.key_stride, shape.key_stride, count,
-                                 shape.head_dim, room.block.data(), &stride);
-    by_rows(rows, [&](auto some, int64_t r) {
-      products<some()>(&room.query[r * width], width, keys, stride, count,
-                       &room.logits[r * CHUNK + j]);
-    });
-  }
+  by_blocks(key, shape.key_stride, length, shape.head_dim, rows, room.block,
+            [&](auto some, int64_t r, const float* keys, int64_t stride, int64_t j, int64_t count) {
+    products<some()>(&room.query[r * width], width, keys, stride, count,
+                     &room.logits[r * CHUNK + j]);
+  });
   for (int64_t r = 0; r < rows; ++r) {
     float* weights = &room.logits[r * CHUNK];
     if (mask.data)
@@ -180,17 +188,13 @@ void attend(const float* query, const scalar* key, const scalar* value, int64_t 
     sum[r] = sum_of(total);
   }
   const int64_t out_width = padded(shape.value_dim);
-  std::fill(room.block.begin(), room.block.end(), 0.0f);
   std::fill(room.sums.begin(), room.sums.end(), 0.0f);
-  for (int64_t j = 0; j < length; j += BLOCK) {
-    const int64_t count = std::min(BLOCK, length - j);
-    const float* values = block_of(value + j * shape.value_stride, shape.value_stride, count,
-                                   shape.value_dim, room.block.data(), &stride);
-    by_rows(rows, [&](auto some, int64_t r) {
-      add_block<some()>(&room.logits[r * CHUNK + j], values, stride, count,
-                        &room.sums[r * out_width], out_width);
-    });
-  }
+  by_blocks(value, shape.value_stride, length, shape.value_dim, rows, room.block,
+            [&](auto some, int64_t r, const float* values, int64_t stride, int64_t j,
+                int64_t count) {
+    add_block<some()>(&room.logits[r * CHUNK + j], values, stride, count,
+                      &room.sums[r * out_width], out_width);
+  });
   for (int64_t r = 0; r < rows; ++r)
     std::copy_n(&room.sums[r * out_width], shape.value_dim, out + r * shape.value_dim);
 }
